@@ -1,0 +1,85 @@
+"""Strict, frozen configuration objects, and reading and writing them as YAML or JSON.
+
+Every option is a field with a docstring; flags, help and reference pages are generated from those fields.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from olive.errors import ConfigError, did_you_mean
+
+
+class Config(BaseModel):
+    """A frozen set of options; an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(cls: type[C], data: Any, where: str) -> C:
+    """Validate ``data`` as ``cls``; all mistakes are reported at once, each with its place (``passes.0.bits: ...``)."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a mapping of options, got {data!r}")
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        lines = [_say(cls, item, where) for item in error.errors()]
+    raise ConfigError("\n".join(lines))
+
+
+def _say(cls: type[BaseModel], item: Any, where: str) -> str:
+    path = ".".join(str(part) for part in (where, *item["loc"]) if part != "")
+    if item["type"] == "extra_forbidden":
+        owner = _owner(cls, item["loc"][:-1])
+        return f"{path}: unknown option{did_you_mean(str(item['loc'][-1]), owner.model_fields)}"
+    if item["type"] == "missing":
+        return f"{path}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}: {message[0].lower() + message[1:]}, got {item['input']!r}"
+
+
+def _owner(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """Return the model class that holds the field at ``loc``, as far as plain annotations tell."""
+    for part in loc:
+        field = cls.model_fields.get(str(part))
+        if field is None:
+            continue
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                cls = kind
+    return cls
+
+
+def load(path: Path) -> Any:
+    """Read a YAML or JSON file; a syntax error names file, line and column."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def dump(data: Any) -> str:
+    """Write plain data as YAML, keys in the order given."""
+    import yaml
+
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
