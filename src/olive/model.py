@@ -25,6 +25,8 @@ class Model:
     """Folder that holds the model's files."""
     adapters: Mapping[str, Path] = field(default_factory=dict)
     """Adapters by name: PEFT folders beside an ``hf`` model, ``.onnx_adapter`` files of an ``onnx`` one."""
+    trust_remote_code: bool = False
+    """The user trusts Python code that comes with the checkpoint."""
 
     def adapter(self) -> Path | None:
         """Return the one adapter of a model that may have at most one."""
@@ -33,7 +35,7 @@ class Model:
         return next(iter(self.adapters.values()), None)
 
 
-def open_model(folder: Path, adapter: Path | None = None) -> Model:
+def open_model(folder: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> Model:
     """Open a local folder: one of our outputs (``olive.json``), a Hugging Face checkpoint or an ONNX folder."""
     if not folder.exists():
         raise ConfigError(f"{folder}: no such model folder")
@@ -47,10 +49,10 @@ def open_model(folder: Path, adapter: Path | None = None) -> Model:
             raise ConfigError(f"{adapter}: not a PEFT adapter folder (no adapter_config.json)")
         adapters = {adapter.name: adapter}
     if (path / "genai_config.json").is_file() or any(path.glob("*.onnx")):
-        return Model("onnx", path, adapters)
+        return Model("onnx", path, adapters, trust_remote_code)
     if (path / "config.json").is_file():
-        return Model("hf", path, adapters)
-    if any((path / name / "config.json").is_file() for name in ("model",)):
+        return Model("hf", path, adapters, trust_remote_code)
+    if (path / "model" / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json here; did you mean {folder / 'model'}?")
     raise ConfigError(f"{folder}: not a model folder: it has neither config.json (Hugging Face) nor an .onnx file")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import model_validator
 
 from olive.config import Config
+from olive.errors import ConfigError
 
 PROVIDERS: dict[str, tuple[str, ...]] = {
     "cpu": ("CPUExecutionProvider",),
@@ -31,12 +33,12 @@ class Target(Config):
 
 def compute_device(asked: str) -> str:
     """Resolve ``auto`` to the device that passes compute on here: ``cuda`` where there is one, else ``cpu``."""
+    if asked == "cpu" or (asked == "auto" and not Path("/dev/nvidiactl").exists()):
+        return "cpu"  # torch takes a second to import: do not ask it where there is no driver
     import torch
 
-    from olive.errors import ConfigError
-
+    if torch.cuda.is_available():
+        return "cuda"
     if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--compute_device cuda: no CUDA device is available here; use --compute_device cpu")
-    return asked
+        return "cpu"
+    raise ConfigError("compute_device cuda: torch sees no CUDA device here; use cpu")

@@ -1,0 +1,1 @@
+"""Decoder language models as ONNX graphs, built from config.json and weights without tracing."""

@@ -45,6 +45,8 @@ class Pass(Config):
     libraries: ClassVar[tuple[str, ...]] = ()
     uses_target: ClassVar[bool] = False
     """The result depends on the target, which then is part of the key."""
+    changes_model: ClassVar[bool] = True
+    """The base model itself changes, so that it has to be compared with its source."""
 
     def __init_subclass__(
         cls,
@@ -53,6 +55,7 @@ class Pass(Config):
         sources: tuple[str, ...] = (),
         libraries: tuple[str, ...] = (),
         uses_target: bool | None = None,
+        changes_model: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init_subclass__(**kwargs)
@@ -61,6 +64,7 @@ class Pass(Config):
         cls.sources = (*cls.sources, *sources)
         cls.libraries = (*cls.libraries, *libraries)
         cls.uses_target = cls.uses_target if uses_target is None else uses_target
+        cls.changes_model = cls.changes_model if changes_model is None else changes_model
 
     def run(self, model: Model, ctx: Context) -> Model:
         """Turn ``model`` into a new model under ``ctx.out``."""

@@ -53,8 +53,9 @@ def _unpack(packed: Tensor) -> Tensor:
     return values.view(*values.shape[:-1], -1, 8)[..., PLACE].flatten(-2)
 
 
-def settings(bits: int, group_size: int, symmetric: bool, modules: Mapping[str, QuantizedWeight | None]) -> dict:
-    """Return config.json's ``quantization_config``; ``modules`` maps every linear to its integers or None (float)."""
+def settings(bits: int, group_size: int, symmetric: bool, modules: Mapping[str, Any]) -> dict:
+    """Return config.json's ``quantization_config``; ``modules`` maps every linear to its bits
+    and group size (anything with these attributes), or to None where it stays float."""
     return {
         "quant_method": "awq",
         "bits": bits,

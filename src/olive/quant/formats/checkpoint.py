@@ -74,6 +74,10 @@ class Checkpoint:
             return n, rows
         return n, rows * 32 // gptq.module_settings(self.settings or {}, module)["bits"]
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor in the checkpoint, from the header alone."""
+        return self.tensors.dtype(name)
+
     def dtype(self) -> torch.dtype:
         """Return the type of most of the float weights, as stored."""
         sizes: dict[torch.dtype, int] = {}

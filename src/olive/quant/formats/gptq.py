@@ -51,8 +51,9 @@ def unpack(parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Quantize
     )
 
 
-def settings(bits: int, group_size: int, symmetric: bool, modules: Mapping[str, QuantizedWeight | None]) -> dict:
-    """Return config.json's ``quantization_config``; ``modules`` maps every linear to its integers or None (float)."""
+def settings(bits: int, group_size: int, symmetric: bool, modules: Mapping[str, Any]) -> dict:
+    """Return config.json's ``quantization_config``; ``modules`` maps every linear to its bits
+    and group size (anything with these attributes), or to None where it stays float."""
     dynamic: dict[str, dict[str, int]] = {}
     for name, weight in modules.items():
         pattern = re.escape(name) + "$"

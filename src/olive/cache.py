@@ -1,0 +1,240 @@
+"""A content-addressed store of finished steps, and laying out its files where the user wants them.
+
+An entry is a folder named after the step's full key: ``files/`` (what the pass wrote) and ``step.json`` (the record).
+It is built aside and renamed into place, so that it is whole or not there. Failures are never stored.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olive.errors import ConfigError, PassError
+from olive.model import sha256
+
+LINK_ABOVE = 1 << 20
+"""Files of at least this many bytes are shared with an output by hard link, smaller ones are copied."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished step."""
+
+    key: str
+    files: Path
+    record: dict[str, Any]
+
+
+class Cache:
+    """The store under one folder; safe under concurrent processes of one machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._digests: dict[str, str] | None = None
+
+    def _folder(self, key: str) -> Path:
+        return self.root / "entries" / key[:2] / key
+
+    def get(self, key: str) -> Entry | None:
+        """Return a finished step, or None."""
+        folder = self._folder(key)
+        try:
+            record = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise PassError(f"{folder}: broken cache entry ({error}); delete this folder and run again") from None
+        return Entry(key, folder / "files", record)
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold a step, so that two processes do not compute it at once."""
+        from filelock import FileLock
+
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            yield
+
+    @contextmanager
+    def stage(self, key: str) -> Iterator[Path]:
+        """Yield an empty folder to build an entry in; what :meth:`put` did not take is removed."""
+        self._sweep()
+        folder = self.root / "building" / f"{key[:16]}.{os.getpid()}"
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        (folder / "files").mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left behind."""
+        for folder in (self.root / "building").glob("*.*"):
+            pid = int(folder.suffix[1:]) if folder.suffix[1:].isdigit() else 0
+            if pid and not _alive(pid):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def put(self, key: str, staged: Path, record: dict[str, Any]) -> Entry:
+        """Store a staged entry: its files become read-only, and it appears at once."""
+        (staged / "step.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for path in (staged / "files").rglob("*"):
+            if path.is_file():
+                path.chmod(0o444)
+        folder = self._folder(key)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged.rename(folder)
+        return Entry(key, folder / "files", record)
+
+    @contextmanager
+    def scratch(self, key: str) -> Iterator[Path]:
+        """Yield a folder that survives a kill of the step, and is removed once the step is done."""
+        folder = self.root / "scratch" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield every finished step."""
+        for path in sorted((self.root / "entries").glob("*/*/step.json")):
+            entry = self.get(path.parent.name)
+            if entry is not None:
+                yield entry
+
+    def damaged(self) -> Iterator[str]:
+        """Yield the files whose contents are no longer what their step wrote."""
+        for entry in self.entries():
+            for name, digest in entry.record.get("files", {}).items():
+                path = entry.files / name
+                if not path.is_file() or sha256(path) != digest:
+                    yield str(path)
+
+    def digest(self, path: Path) -> str:
+        """Digest a file; one seen before, unchanged in inode, size and time, is not read again."""
+        memo = self.root / "digests.json"
+        if self._digests is None:
+            self._digests = {}
+            with suppress(OSError, ValueError):
+                self._digests = json.loads(memo.read_text(encoding="utf-8"))
+        stat = path.stat()
+        seen = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
+        if seen not in self._digests:
+            self._digests[seen] = sha256(path)
+            if stat.st_size >= LINK_ABOVE:
+                self.root.mkdir(parents=True, exist_ok=True)
+                fresh = memo.with_suffix(f".{os.getpid()}")
+                fresh.write_text(json.dumps(self._digests), encoding="utf-8")
+                fresh.rename(memo)
+        return self._digests[seen]
+
+
+def default_root() -> Path:
+    """Return the cache's folder: OLIVE_CACHE_DIR, else ``olive`` in the user's cache folder."""
+    own = os.environ.get("OLIVE_CACHE_DIR")
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "olive"
+
+
+def lay(source: Path, target: Path) -> None:
+    """Lay out all files of ``source`` under ``target``, sharing the bytes of large ones where that is safe."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(path, place)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Place a file: as a reflink where the file system has them, as a hard link if it is large and read-only (an edit
+    of a link would reach the original), else as a copy."""
+    if _reflink(source, target):
+        return
+    stat = source.stat()
+    if stat.st_size >= LINK_ABOVE and not stat.st_mode & 0o222:
+        try:
+            target.hardlink_to(source.resolve())
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                raise
+    shutil.copyfile(source, target)
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on this platform
+        return False
+    ficlone = 0x40049409  # linux/fs.h
+    try:
+        with source.open("rb") as read, target.open("wb") as write:
+            fcntl.ioctl(write, ficlone, read.fileno())
+        return True
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise
+        return False
+
+
+def check_replaceable(output: Path, overwrite: bool) -> None:
+    """Refuse to replace a folder that is not ours, or that was changed since, unless told to."""
+    from olive.model import digests, read_manifest
+
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir():
+        raise ConfigError(f"{output}: is a file; give a folder for the output")
+    if overwrite:
+        return
+    manifest = read_manifest(output)
+    if manifest is None:
+        raise ConfigError(f"{output}: already holds something else; choose another folder or give --overwrite")
+    changed = sorted(set(digests(output).items()) ^ set(manifest.get("files", {}).items()))
+    if changed:
+        name = changed[0][0]
+        raise ConfigError(f"{output}: {name} was changed or added since it was made; give --overwrite to replace it")
+
+
+def swap(staged: Path, output: Path) -> None:
+    """Put a finished folder in an output's place; what was there disappears only once the new one is whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not output.exists():
+        staged.rename(output)
+        return
+    if not _exchange(staged, output):  # two renames: the moment between them is not covered
+        old = staged.with_name(staged.name + ".old")
+        output.rename(old)
+        staged.rename(output)
+        staged = old
+    shutil.rmtree(staged)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step (Linux's renameat2), if the system can."""
+    import ctypes
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,55 @@
+"""``olive finetune``: train a LoRA adapter."""
+
+from __future__ import annotations
+
+import argparse
+
+from olive.cli.options import Parser, add_data, add_fields, add_model, given, read_data, read_model
+from olive.cli.run import add_flow, execute
+from olive.errors import ConfigError
+
+OPTIONS = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
+
+
+def parser(prog: str) -> Parser:
+    """Return the command's parser."""
+    from olive.passes.lora import Lora
+
+    own = Parser(
+        prog,
+        "Train a LoRA adapter on a float or quantized checkpoint. Further options are handed to "
+        "transformers.TrainingArguments: --max_steps 100, --learning_rate 1e-3, --per_device_train_batch_size 8, ...",
+        passes_on=True,
+    )
+    add_model(own)
+    own.add_argument("--method", choices=["lora"], default="lora", help="How to fine-tune. Default: lora.")
+    add_fields(own, Lora, OPTIONS)
+    add_data(own)
+    add_flow(own)
+    return own
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the training pass."""
+    data = read_data(args)
+    if data is None:
+        raise ConfigError("olive finetune: give data to train on, for example --data_files rows.jsonl --data_name json")
+    step = {"type": args.method, "data": data, "training": _training(args.more), **given(args, OPTIONS)}
+    workflow = {"input_model": read_model(args, "olive finetune"), "passes": [step]}
+    return execute(workflow | given(args, {"output_dir": "output_path"}), args)
+
+
+def _training(words: list[str]) -> dict[str, str]:
+    """Read ``--name value``, ``--name=value`` and bare ``--name`` (true)."""
+    found: dict[str, str] = {}
+    name = None
+    for word in words:
+        if word.startswith("--"):
+            name, eq, value = word[2:].partition("=")
+            found[name] = value if eq else "true"
+            name = None if eq else name
+        elif name is None:
+            raise ConfigError(f"olive finetune: unexpected argument {word!r}; options start with --")
+        else:
+            found[name], name = word, None
+    return found

@@ -1,0 +1,168 @@
+"""``olive run FILE``, and the road that every other command takes too: workflow -> plan -> engine -> report."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from olive.cli.options import Parser, add_fields, given
+from olive.errors import ConfigError
+
+if TYPE_CHECKING:
+    from olive.cache import Cache
+    from olive.plan import Plan
+    from olive.report import Report
+
+VERIFY = {"level": "verify", "max_kl": "max_kl"}
+
+
+def parser(prog: str) -> Parser:
+    """Return the parser of ``olive run``."""
+    own = Parser(prog, "Run a workflow file: YAML or JSON with input_model, passes and output_dir.")
+    own.add_argument("config", nargs="?", metavar="FILE", help="The workflow file.")
+    own.add_argument("--config", dest="config_flag", metavar="FILE", help="The workflow file, as a flag.")
+    add_flow(own)
+    return own
+
+
+def main(args: argparse.Namespace) -> int:
+    """Read the file and run it; flags override what it says."""
+    from olive.config import load
+    from olive.workflow import read_workflow
+
+    name = getattr(args, "config", None) or getattr(args, "config_flag", None)
+    if name is None:
+        raise ConfigError("olive run: give a workflow file: olive run workflow.yaml")
+    data = load(Path(name))
+    if isinstance(data, dict) and hasattr(args, "output_path"):
+        data["output_dir"] = args.output_path
+    read_workflow(data, name)  # so that mistakes are reported with the file's name
+    return execute(data, args)
+
+
+def add_flow(own: Parser) -> None:
+    """Add the flags that every command with a workflow has."""
+    from olive.workflow import Verification, Workflow
+
+    group = own
+    group.add_argument("-o", "--output_path", metavar="FOLDER", help="Folder of the result.")
+    add_fields(own, Verification, VERIFY)
+    add_fields(own, Workflow, ["compute_device", "seed"])
+    group.add_argument(
+        "--overwrite", action="store_true", help="Replace an output folder that is not ours or was changed."
+    )
+    group.add_argument("--no_cache", action="store_true", help="Neither read nor write the cache.")
+    group.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
+    group.add_argument("--save_config_file", nargs="?", const="", metavar="FILE",
+                       help="Write the workflow file that this command stands for (default: OUTPUT_PATH.yaml).")  # fmt: skip
+    add_log_level(own)
+
+
+def add_log_level(own: Parser) -> None:
+    """Add the flag for how much is logged."""
+    own.add_argument("--log_level", type=int, choices=range(5), default=2,
+                     help="0 debug, 1 info, 2 warning, 3 error, 4 critical. Default: 2.")  # fmt: skip
+
+
+def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
+    """Run a workflow given as plain data, with the flags of :func:`add_flow` applied."""
+    from olive.workflow import as_yaml, read_workflow
+
+    verify = given(args, VERIFY)
+    data = data | ({"verify": (data.get("verify") or {}) | verify} if verify else {})
+    data |= given(args, ["compute_device", "seed"])
+    if "output_dir" not in data:
+        raise ConfigError("--output_path (-o) is required: the folder of the result")
+    workflow = read_workflow(data, "workflow")
+    if hasattr(args, "save_config_file"):
+        _save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
+    overwrite = hasattr(args, "overwrite")
+    with _cache(args, Path(workflow.output_dir)) as cache:
+        from olive.plan import plan
+
+        planned = plan(workflow, cache, overwrite=overwrite)
+        if hasattr(args, "dry_run"):
+            for line in plan_lines(planned):
+                print(line)
+            return 0
+        from olive.engine import run
+
+        with _progress() as progress:
+            report = run(planned, cache, overwrite=overwrite, progress=progress)
+    _say(report, planned.output)
+    return 0
+
+
+def _say(report: Report, output: Path) -> None:
+    saved = output.with_name(output.name + ".report.json")
+    report.save(saved)
+    for line in report.lines():
+        print(line)
+    print(f"{'report':<12} {saved}")
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """Yield the plan as text: each step, whether it is cached, and why."""
+    yield f"input      {plan.workflow.input_model.path} ({plan.source.kind}, {plan.source_key[:12]})"
+    for step in plan.steps:
+        yield f"{'cached' if step.cached else 'run':<10} {step.name} ({step.key[:12]}): {step.reason}"
+        options = ", ".join(f"{k}={v}" for k, v in step.work.model_dump(mode="json", exclude_none=True).items())
+        yield f"{'':<10} {options}"
+    yield f"verify     {plan.workflow.verify.level}"
+    yield f"output     {plan.output}"
+
+
+@contextmanager
+def _cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
+    from olive.cache import Cache, default_root
+
+    if not hasattr(args, "no_cache"):
+        yield Cache(default_root())
+        return
+    # A store of its own that ends with the run: one way of running, whether results are kept or not. It lies on the
+    # output's disk, so that large files are moved there by link.
+    place = next(p for p in output.expanduser().resolve().parents if p.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".olive-", dir=place) as folder:
+        yield Cache(Path(folder))
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Show a progress bar on a terminal; elsewhere log each stage once."""
+    if not sys.stderr.isatty():
+        seen: set[str] = set()
+
+        def say(what: str, done: int, total: int) -> None:
+            if what not in seen:
+                logging.getLogger("olive").info("%s: %d of %d", what, done, total)
+                seen.add(what)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def move(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield move
+
+
+def _save(text: str, path: Path, args: argparse.Namespace) -> None:
+    if path.exists() and path.read_text(encoding="utf-8") != text and not hasattr(args, "overwrite"):
+        raise ConfigError(f"--save_config_file {path}: exists with other contents; give another file or --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"workflow written to {path}", file=sys.stderr)

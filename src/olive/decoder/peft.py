@@ -1,0 +1,121 @@
+"""A PEFT folder with a LoRA adapter, read strictly: what the graph cannot honour is refused.
+
+Shape letters: N out channels, K in channels, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olive.errors import ConfigError
+from olive.quant.formats.shards import Shards
+
+PREFIX = "base_model.model."
+IN_LAYER = re.compile(r"model\.layers\.\d+\..+")
+REFUSED = {
+    "use_dora": "DoRA", "use_qalora": "QALoRA", "modules_to_save": "trained copies of whole modules",
+    "lora_bias": "a bias in LoRA", "fan_in_fan_out": "transposed weights", "layer_replication": "repeated layers",
+    "trainable_token_indices": "trained tokens", "target_parameters": "bare parameters as targets",
+    "alora_invocation_tokens": "activated LoRA", "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow routing",
+}  # fmt: skip
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to start an adapter that change the base weights too."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapted linear: it adds ``x @ a @ b`` to its output."""
+
+    a: np.ndarray
+    """float32 [K, R]."""
+    b: np.ndarray
+    """float32 [R, N], times alpha / R."""
+
+
+def read_peft(folder: Path) -> dict[str, Lora]:
+    """Read a PEFT adapter folder; the keys are module paths of the checkpoint."""
+    config = read_config(folder)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ConfigError(f"{folder}: no adapter_model.safetensors; save the adapter with PEFT's save_pretrained")
+    tensors = Shards([file])
+    found = {}
+    for module in modules(tensors, folder):
+        a = tensors[f"{PREFIX}{module}.lora_A.weight"].float().numpy()  # [R, K]
+        b = tensors[f"{PREFIX}{module}.lora_B.weight"].float().numpy()  # [N, R]
+        scale = _scale(config, module, a.shape[0])
+        found[module] = Lora(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T) * np.float32(scale))
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json and refuse what is not plain LoRA."""
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: not a PEFT adapter folder (no adapter_config.json)") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ConfigError(f"{path}: peft_type {kind!r} is not supported; only 'LORA'")
+    for key, what in REFUSED.items():
+        if config.get(key):
+            raise ConfigError(f"{path}: {key} ({what}) is not supported; merge the adapter into its base instead")
+    if config.get("bias", "none") != "none":
+        raise ConfigError(f"{path}: bias {config['bias']!r} is not supported; only 'none'")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise ConfigError(f"{path}: init_lora_weights {start!r} changes the base weights too; save the adapter with "
+                          "save_pretrained(path_initial_model_for_weight_conversion=...) first")  # fmt: skip
+    return config
+
+
+def modules(tensors: Iterable[str], folder: Path) -> list[str]:
+    """Return the modules that an adapter's tensors belong to; each must be a linear of a decoder layer."""
+    found = []
+    names = set(tensors)
+    for name in sorted(names):
+        module, _, part = name.removeprefix(PREFIX).partition(".lora_")
+        if not name.startswith(PREFIX) or part not in ("A.weight", "B.weight") or not IN_LAYER.fullmatch(module):
+            raise ConfigError(f"{folder}: tensor {name}: only LoRA on linears of the decoder layers is supported, not "
+                              "on lm_head, embeddings or anything else; train without it as target")  # fmt: skip
+        other = f"{PREFIX}{module}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
+        if other not in names:
+            raise ConfigError(f"{folder}: tensor {name} has no partner {other}; the adapter file is not whole")
+        if part[0] == "A":
+            found.append(module)
+    return found
+
+
+def targets(adapters: Iterable[Path]) -> set[str]:
+    """Return every module that one of the adapters adapts."""
+    found: set[str] = set()
+    for folder in adapters:
+        found |= set(read_peft(folder))
+    return found
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    asked = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    if asked != rank:
+        raise ConfigError(f"adapter_config.json: {module} should have rank {asked}, but its tensors have {rank}")
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, int], module: str, default: int) -> int:
+    """PEFT's rule: the first pattern that matches the module's path or a dotted tail of it."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,180 @@
+"""Run a plan: take each step from the cache or run it into a fresh folder, verify the result, lay it out whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from olive import __version__, verify
+from olive.cache import Cache, Entry, check_replaceable, lay, swap
+from olive.errors import PassError
+from olive.model import FORMAT_VERSION, Model, digests, files, write_manifest
+from olive.passes.base import Context
+from olive.plan import Plan, Step, code_digest, step_digest, version
+from olive.report import Report, StepRecord
+from olive.workflow import as_data
+
+Progress = Callable[[str, int, int], None]
+
+
+def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress = lambda *_: None) -> Report:
+    """Run the plan's steps; the output folder appears, or is replaced, only when everything has succeeded."""
+    began = time.perf_counter()
+    report = Report(as_data(plan.workflow), str(plan.output), source_bytes=_size(plan.source.path))
+    model, before = plan.source, plan.source
+    entry: Entry | None = None
+    for step in plan.steps:
+        started = time.perf_counter()
+        with cache.lock(step.key):
+            entry = cache.get(step.key)
+            cached = entry is not None
+            if entry is None:
+                entry = _run_step(step, model, plan, cache, progress)
+        before, model = model, _open(entry, plan.source.trust_remote_code)
+        seconds = time.perf_counter() - started
+        report.steps.append(StepRecord(step.name, step.key, cached, seconds, entry.record["facts"]))
+    assert entry is not None  # a workflow has at least one pass
+    report.verification = _verify(plan, entry, model, before, cache, progress)
+    manifest = _manifest(plan, entry, report)
+    with _disk_space(plan.output):
+        _commit(entry, manifest, plan.output, overwrite)
+    report.output_bytes = _size(plan.output / entry.record["model"])
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _run_step(step: Step, model: Model, plan: Plan, cache: Cache, progress: Progress) -> Entry:
+    facts: dict[str, Any] = {}
+    with cache.stage(step.key) as staged, cache.scratch(step.key) as scratch, _disk_space(staged):
+        out = staged / "files"
+        context = Context(
+            out=out,
+            scratch=scratch,
+            target=plan.workflow.target,
+            compute_device=plan.compute_device,
+            seed=plan.workflow.seed,
+            note=facts.update,
+            progress=progress,
+        )
+        result = step.work.run(model, context)
+        record = {
+            "pass": step.name,
+            "kind": result.kind,
+            "model": result.path.relative_to(out).as_posix(),
+            "adapters": {name: path.relative_to(out).as_posix() for name, path in result.adapters.items()},
+            "facts": facts,
+            "files": digests(out),
+        }
+        return cache.put(step.key, staged, record)
+
+
+def _open(entry: Entry, trust_remote_code: bool) -> Model:
+    record = entry.record
+    adapters = {name: entry.files / path for name, path in record["adapters"].items()}
+    return Model(record["kind"], entry.files / record["model"], adapters, trust_remote_code)
+
+
+def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache, progress: Progress) -> dict[str, Any]:
+    """Check the result as far as the workflow asks; what passed once is remembered under its own key."""
+    asked = plan.workflow.verify
+    if asked.level == "none":
+        return {"level": "none"}
+    key = step_digest(
+        {
+            "verify": asked.model_dump(),
+            "model": entry.key,
+            "source": plan.source_key,
+            "code": [code_digest(name) for name in ("olive.verify", "olive.evaluate", "olive.runtime", "olive.data")],
+            "versions": [version(name) for name in ("torch", "transformers", "onnxruntime", "onnxruntime-genai")],
+        }
+    )
+    known = cache.get(key)
+    if known is not None:
+        return known.record["facts"]
+    progress("verify", 0, 1)
+    bits = entry.record["facts"].get("bits", {})
+    compared = asked.level == "full" and any(step.work.changes_model for step in plan.steps)
+    figures: dict[str, Any] = {"level": "full" if compared else "files", **verify.check_files(model, bits)}
+    if compared:
+        figures |= verify.check_quality(
+            model,
+            plan.source,
+            reference=before if before.adapters else None,
+            bits=bits,
+            max_kl=asked.max_kl,
+            device=plan.compute_device,
+        )
+    progress("verify", 1, 1)
+    with cache.lock(key), cache.stage(key) as staged:
+        if cache.get(key) is None:
+            cache.put(key, staged, {"pass": "verify", "facts": figures, "files": {}})
+    return figures
+
+
+def _manifest(plan: Plan, entry: Entry, report: Report) -> dict[str, Any]:
+    """Describe the output: nothing in here depends on when or where the run took place."""
+    record, facts = entry.record, entry.record["facts"]
+    libraries = sorted({name for step in plan.steps for name in step.work.libraries})
+    workflow = as_data(plan.workflow)
+    workflow["input_model"] |= {"path": plan.source_name()}
+    workflow["output_dir"] = plan.output.name
+    return {
+        "format": "olive",
+        "format_version": FORMAT_VERSION,
+        "kind": record["kind"],
+        "model": record["model"],
+        "adapters": {
+            name: {"path": path, **facts.get("adapters", {}).get(name, {})} for name, path in record["adapters"].items()
+        },
+        "source": {"model": plan.source_name(), "revision": plan.revision, "digest": plan.source_key},
+        "made_by": {
+            "olive": __version__,
+            "workflow": workflow,
+            "steps": [{"pass": step.name, "key": step.key} for step in plan.steps],
+            "libraries": {name: version(name) for name in libraries},
+        },
+        "bits": facts.get("bits", {}),
+        "fallbacks": facts.get("fallbacks", {}),
+        "verification": report.verification,
+        "files": record["files"],
+    }
+
+
+def _commit(entry: Entry, manifest: Mapping[str, Any], output: Path, overwrite: bool) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for stale in output.parent.glob(f".{output.name}.building.*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    staged = output.parent / f".{output.name}.building.{os.getpid()}"
+    staged.mkdir()
+    try:
+        lay(entry.files, staged)
+        write_manifest(staged, manifest)
+        check_replaceable(output, overwrite)
+        swap(staged, output)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def _disk_space(where: Path) -> Iterator[None]:
+    """Turn a full disk into an error that says so, whoever noticed it."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or "No space left on device" in str(error):  # safetensors words the system's error itself
+            place = next((p for p in (where, *where.parents) if p.exists()), where)
+            free = shutil.disk_usage(place).free / 1e6
+            message = f"{where}: no space left while writing ({free:.0f} MB free); free some, or set OLIVE_CACHE_DIR"
+            raise PassError(message) from None
+        raise
+
+
+def _size(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in files(folder))

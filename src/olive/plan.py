@@ -1,0 +1,158 @@
+"""Workflow -> Plan: every step with its key, known before anything runs.
+
+A step's key is a digest of what it starts from, the pass and its options, the code and the library versions that
+decide its result, and the data it reads. Steps with the same key have the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from olive import model as models
+from olive.cache import Cache, check_replaceable
+from olive.data.spec import DataSpec
+from olive.errors import ConfigError
+from olive.model import Model
+from olive.passes import pass_name
+from olive.passes.base import Pass
+from olive.remote import fetch
+from olive.target import compute_device
+from olive.workflow import Workflow
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass to run, or to take from the cache."""
+
+    name: str
+    key: str
+    work: Pass
+    cached: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a workflow will do."""
+
+    workflow: Workflow
+    source: Model
+    source_key: str
+    revision: str | None
+    steps: tuple[Step, ...]
+    compute_device: str
+    output: Path
+
+    def source_name(self) -> str:
+        """Name of the input model without its place on this machine."""
+        given = self.workflow.input_model.path
+        return given if self.revision else Path(given).expanduser().resolve().name
+
+
+def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
+    """Resolve the model, check that the passes fit together and that the output may be written, and key the steps."""
+    given = workflow.input_model
+    folder, revision = fetch(given.path, given.revision)
+    adapter = Path(given.adapter_path).expanduser() if given.adapter_path else None
+    source = models.open_model(folder, adapter, trust_remote_code=given.trust_remote_code)
+    _check_kinds(source.kind, workflow.passes)
+    output = Path(workflow.output_dir).expanduser()
+    _check_output(output, [folder, *([adapter] if adapter else [])])
+    check_replaceable(output, overwrite)
+    device = compute_device(workflow.compute_device)
+    source_key = _source_key(source, cache.digest)
+    steps, key = [], source_key
+    for step in workflow.passes:
+        key = step_key(step, key, workflow, device)
+        cached = cache.get(key) is not None
+        steps.append(
+            Step(pass_name(step), key, step, cached, "same key in the cache" if cached else "not in the cache")
+        )
+    return Plan(workflow, source, source_key, revision, tuple(steps), device, output)
+
+
+def _check_kinds(kind: str, passes: tuple[Pass, ...]) -> None:
+    for i, step in enumerate(passes):
+        if kind not in step.accepts:
+            raise ConfigError(
+                f"passes.{i}: {pass_name(step)} works on {' or '.join(step.accepts)} models, but gets {kind}"
+            )
+        kind = step.produces
+
+
+def _check_output(output: Path, inputs: list[Path]) -> None:
+    place = output.resolve()
+    for source in (path.resolve() for path in inputs):
+        if place == source or place in source.parents or source in place.parents:
+            raise ConfigError(
+                f"{output}: the output must not hold, or lie in, the input {source}; choose another folder"
+            )
+    existing = next(p for p in (place, *place.parents) if p.exists())
+    if existing != place and not existing.is_dir():
+        raise ConfigError(f"{output}: cannot be created, because {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{output}: not writable (no permission in {existing}); choose another --output_path")
+
+
+def _source_key(source: Model, digest: Callable[[Path], str]) -> str:
+    parts = {"kind": source.kind, "model": models.fingerprint(source.path, digest)}
+    parts |= {
+        f"adapter {name}": models.fingerprint(path, digest) for name, path in source.adapters.items() if path.is_dir()
+    }
+    return step_digest(parts)
+
+
+def step_key(step: Pass, input_key: str, workflow: Workflow, device: str) -> str:
+    """Digest everything that decides a step's result."""
+    return step_digest(
+        {
+            "input": input_key,
+            "pass": pass_name(step),
+            "options": step.model_dump(mode="json"),
+            "seed": workflow.seed,
+            "device": device,
+            "target": workflow.target.model_dump() if step.uses_target else None,
+            "trust_remote_code": workflow.input_model.trust_remote_code,
+            "data": _data_digests(step),
+            "code": {name: code_digest(name) for name in step.sources},
+            "versions": {name: version(name) for name in step.libraries},
+        }
+    )
+
+
+def _data_digests(step: Pass) -> dict[str, str]:
+    from olive.data.rows import fingerprint
+
+    values = {name: getattr(step, name) for name in type(step).model_fields}
+    return {name: fingerprint(value) for name, value in values.items() if isinstance(value, DataSpec)}
+
+
+def version(distribution: str) -> str:
+    """Return the version of an installed distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def code_digest(module: str) -> str:
+    """Digest the source of a module, or of all modules of a package."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{module}: listed as the source of a pass, but there is no such module")
+    origin = Path(spec.origin)
+    paths = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def step_digest(parts: Any) -> str:
+    """Digest plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

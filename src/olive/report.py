@@ -1,0 +1,65 @@
+"""The record of a run: what ran and what was cached, facts, sizes, figures; as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class StepRecord:
+    """One step of a run."""
+
+    name: str
+    key: str
+    cached: bool
+    seconds: float
+    """Time in this run; a cached step takes almost none."""
+    facts: dict[str, Any]
+
+
+@dataclass
+class Report:
+    """Everything a run has to say for itself."""
+
+    workflow: dict[str, Any]
+    output: str
+    steps: list[StepRecord] = field(default_factory=list)
+    source_bytes: int = 0
+    output_bytes: int = 0
+    verification: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+    def lines(self) -> Iterator[str]:
+        """Yield the report as a few lines for a terminal."""
+        for step in self.steps:
+            yield f"{step.name:<12} {'cached' if step.cached else f'{step.seconds:.1f} s'}"
+            fallbacks = step.facts.get("fallbacks") or {}
+            for name, what in list(fallbacks.items())[:4]:
+                yield f"{'':<12} {name}: {what}"
+            if len(fallbacks) > 4:
+                yield f"{'':<12} and {len(fallbacks) - 4} more linear layers; the report lists them"
+            for name in ("held_back_loss_before", "held_back_loss_after", "warning"):
+                if name in step.facts:
+                    value = step.facts[name]
+                    yield f"{'':<12} {name}: {value:.4f}" if isinstance(value, float) else f"{'':<12} {name}: {value}"
+        yield f"{'size':<12} {self.source_bytes / 1e6:.1f} MB -> {self.output_bytes / 1e6:.1f} MB"
+        yield from _figures("verified", self.verification)
+        yield f"{'output':<12} {self.output}"
+
+
+def _figures(label: str, figures: dict[str, Any]) -> Iterator[str]:
+    flat = {k: v for k, v in figures.items() if not isinstance(v, dict)}
+    if flat:
+        parts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in flat.items())
+        yield f"{label:<12} {', '.join(parts)}"
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _figures(name, value)

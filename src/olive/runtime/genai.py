@@ -1,0 +1,171 @@
+"""Text generation with ONNX Runtime GenAI: one loaded model, any number of adapters, several answers at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from olive.errors import ConfigError, OliveError
+from olive.runtime import adapters as adapter_files
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated, and how fast."""
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens read per second."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens written per second, without the first, which the prompt pays for."""
+        return (len(self.tokens) - 1) / self.decode_s if self.decode_s and len(self.tokens) > 1 else 0.0
+
+
+class Stream:
+    """One answer in the making; iterate for its pieces of text. Several streams of one model may take turns."""
+
+    def __init__(self, generator: Any, decoder: Any, prompt: list[int], max_new_tokens: int) -> None:
+        self._generator, self._decoder = generator, decoder
+        self._left = max_new_tokens
+        self.prompt, self.tokens, self.pieces = prompt, list[int](), list[str]()
+        self._prefill_s = self._decode_s = 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        started = time.perf_counter()
+        try:
+            if not self.tokens and self._prefill_s == 0.0:
+                self._generator.append_tokens(self.prompt)
+            if self._left <= 0 or self._generator.is_done():
+                raise StopIteration
+            self._generator.generate_next_token()
+            token = int(self._generator.get_next_tokens()[0])
+        except RuntimeError as error:
+            raise OliveError(f"ONNX Runtime GenAI stopped: {error}") from None
+        self._left -= 1
+        spent = time.perf_counter() - started
+        if self.tokens:
+            self._decode_s += spent
+        else:
+            self._prefill_s = spent
+        self.tokens.append(token)
+        self.pieces.append(self._decoder.decode(token))
+        return self.pieces[-1]
+
+    def answer(self) -> Answer:
+        """Return what has been generated up to now."""
+        return Answer("".join(self.pieces), list(self.tokens), len(self.prompt), self._prefill_s, self._decode_s)
+
+
+class Generator:
+    """A model folder loaded in GenAI, with adapters by name."""
+
+    def __init__(self, folder: Path, adapters: Mapping[str, Path] | None = None) -> None:
+        import onnxruntime_genai
+
+        if not (folder / "genai_config.json").is_file():
+            raise ConfigError(f"{folder}: not a GenAI model folder (no genai_config.json)")
+        self.folder = folder
+        try:
+            self._model = onnxruntime_genai.Model(str(folder))
+            self.tokenizer = onnxruntime_genai.Tokenizer(self._model)
+        except RuntimeError as error:
+            raise OliveError(f"{folder}: ONNX Runtime GenAI cannot load it: {error}") from None
+        self._adapters = onnxruntime_genai.Adapters(self._model)
+        self.names: list[str] = []
+        for name, file in (adapters or {}).items():
+            self.load_adapter(name, file)
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._adapters = self.tokenizer = self._model = None
+
+    def load_adapter(self, name: str, file: Path) -> None:
+        """Load one more adapter; it must fit the graph."""
+        if name in self.names:
+            raise ConfigError(f"adapter {name}: already loaded; give it another name")
+        adapter_files.check_file(file, self.folder)
+        self._adapters.load(str(file), name)
+        self.names.append(name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that no stream uses."""
+        self._known(name)
+        try:
+            self._adapters.unload(name)
+        except RuntimeError as error:
+            raise OliveError(f"adapter {name}: {error}; end the answers that use it first") from None
+        self.names.remove(name)
+
+    def _known(self, name: str) -> None:
+        if name not in self.names:
+            raise ConfigError(f"adapter {name}: not loaded; loaded are {', '.join(self.names) or 'none'}")
+
+    def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
+        """Return the token ids of a prompt; ``chat``: as a user's message in the model's chat template."""
+        import json
+
+        if chat:
+            messages = json.dumps([{"role": "user", "content": prompt}])
+            try:
+                prompt = self.tokenizer.apply_chat_template(messages=messages, add_generation_prompt=True)
+            except RuntimeError as error:
+                raise ConfigError(f"{self.folder}: no usable chat template: {error}; pass the whole prompt") from None
+        ids = [int(i) for i in self.tokenizer.encode(prompt)]
+        if not ids:
+            raise ConfigError("the prompt is empty; give at least one token")
+        return ids
+
+    def stream(
+        self, prompt: str | list[int], *, adapter: str | None = None, max_new_tokens: int = 256, chat: bool = False
+    ) -> Stream:
+        """Start an answer; nothing is computed until it is iterated. ``prompt``: text or token ids."""
+        import onnxruntime_genai
+
+        if adapter is not None:
+            self._known(adapter)
+        ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else prompt
+        parameters = onnxruntime_genai.GeneratorParams(self._model)
+        try:
+            parameters.set_search_options(max_length=len(ids) + max_new_tokens, do_sample=False)
+            generator = onnxruntime_genai.Generator(self._model, parameters)
+            if adapter is not None:
+                generator.set_active_adapter(self._adapters, adapter)  # before any token is read
+        except RuntimeError as error:
+            raise ConfigError(f"{len(ids)} prompt tokens and {max_new_tokens} new ones: {error}") from None
+        return Stream(generator, self.tokenizer.create_stream(), ids, max_new_tokens)
+
+    def generate(
+        self,
+        prompt: str | list[int],
+        *,
+        adapter: str | None = None,
+        max_new_tokens: int = 256,
+        chat: bool = False,
+        on_token: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Generate greedily to the end, handing each piece of text to ``on_token``."""
+        stream = self.stream(prompt, adapter=adapter, max_new_tokens=max_new_tokens, chat=chat)
+        for piece in stream:
+            if on_token:
+                on_token(piece)
+        return stream.answer()

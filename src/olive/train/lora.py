@@ -1,0 +1,177 @@
+"""Train a LoRA adapter on a float or quantized checkpoint with PEFT and transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olive.data.rows import describe
+from olive.data.samples import MASKED, Sample, collate, samples
+from olive.data.spec import DataSpec
+from olive.errors import ConfigError
+from olive.model import files, weights_digest
+from olive.runtime.torch_model import load, load_tokenizer
+from olive.train.arguments import training_arguments
+
+log = logging.getLogger("olive")
+
+HELD_BACK = 0.05
+"""Share of the samples that the loss before and after is measured on; at least 1, at most 64."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train and how."""
+
+    base: Path
+    data: DataSpec
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: str | list[str]
+    training: dict[str, Any]
+    trust_remote_code: bool
+    seed: int
+    device: str
+    work_dir: Path
+    """Where the trainer may keep checkpoints if asked to."""
+
+
+def train(job: Job, adapter_dir: Path, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Train an adapter, write it to ``adapter_dir`` in PEFT's format and return the facts of the run."""
+    import transformers
+
+    tokenizer = load_tokenizer(job.base, job.trust_remote_code)
+    dtype = torch.float32 if job.device == "cpu" else torch.bfloat16
+    base = load(job.base, dtype=dtype, device=job.device, trust_remote_code=job.trust_remote_code)
+    arguments = training_arguments(
+        job.training, job.work_dir, base.get_input_embeddings().embedding_dim, job.seed, job.device
+    )
+    eos = base.generation_config.eos_token_id
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    kept, dropped = samples(job.data, tokenizer, ends)
+    trained_on, held_back = hold_back(kept, job.seed, describe(job.data))
+    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+    transformers.set_seed(job.seed)
+    model = attach(base, job)
+    batch_size = arguments.per_device_eval_batch_size
+    before = answer_loss(model, held_back, pad_id, batch_size)
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": sample.input_ids, "labels": sample.labels} for sample in trained_on],
+        data_collator=lambda rows: collate([Sample(**row) for row in rows], pad_id),
+        callbacks=[_report(progress)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # it prints to the program's output
+    trainer.train()
+    after = answer_loss(model, held_back, pad_id, batch_size)
+    save(model, job.base, adapter_dir)
+    return {
+        "held_back_loss_before": round(before, 4),
+        "held_back_loss_after": round(after, 4),
+        "held_back_rows": len(held_back),
+        "trained_rows": len(trained_on),
+        "dropped_rows": dropped,
+        "trained_steps": trainer.state.global_step,
+    }
+
+
+def hold_back(kept: Sequence[Sample], seed: int, where: str) -> tuple[list[Sample], list[Sample]]:
+    """Split samples into those to train on and a few, chosen by seed, to measure on."""
+    count = min(64, max(1, int(len(kept) * HELD_BACK)))
+    if count >= len(kept):
+        raise ConfigError(f"{where}: training needs at least 2 rows (one is held back to measure on), got {len(kept)}")
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = set(order[:count])
+    return (
+        [sample for i, sample in enumerate(kept) if i not in held],
+        [sample for i, sample in enumerate(kept) if i in held],
+    )
+
+
+def attach(base: Any, job: Job) -> Any:
+    """Put fresh LoRA layers on the model's linear layers; everything else is frozen."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=job.rank,
+        lora_alpha=job.alpha,
+        lora_dropout=job.dropout,
+        target_modules=job.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    base.config.use_cache = False
+    try:
+        return peft.get_peft_model(base, config)
+    except ValueError as error:
+        raise ConfigError(f"target_modules {job.target_modules!r}: {str(error).splitlines()[0]}") from error
+
+
+@torch.inference_mode()
+def answer_loss(model: Any, held: Sequence[Sample], pad_id: int, batch_size: int) -> float:
+    """Return the mean negative log-likelihood of the tokens that are not masked."""
+    model.eval()
+    total, count = 0.0, 0
+    ordered = sorted(held, key=lambda sample: len(sample.input_ids))
+    for start in range(0, len(ordered), batch_size):
+        batch = {k: v.to(model.device) for k, v in collate(ordered[start : start + batch_size], pad_id).items()}
+        labels = batch.pop("labels")[:, 1:]  # [B, T] -> [B, T-1]: the logits at t are for the token at t+1
+        logits = model(**batch).logits[:, :-1].float()  # [B, T-1, V]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        total += loss.item()
+        count += int((labels != MASKED).sum())
+    return total / max(count, 1)
+
+
+def save(model: Any, base: Path, adapter_dir: Path) -> None:
+    """Write the adapter in PEFT's format, float32, the same bytes for the same weights, and the digest of its base."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base.name  # PEFT would write the place on this machine
+    # "auto" would ask the hub whether the vocabulary has grown.
+    model.save_pretrained(adapter_dir, save_embedding_layers=False)
+    (adapter_dir / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path in it
+    file = adapter_dir / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])  # a set: its order changes from run to run
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    note = {"format": "olive", "kind": "adapter", "base_digest": weights_digest(base)}
+    (adapter_dir / "olive.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+
+def lay(source_dir: Path, target_dir: Path) -> None:
+    """Lay the files of a model under another folder: read-only ones as hard links, the rest as copies."""
+    for name in files(source_dir):
+        source, target = source_dir / name, target_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not source.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+            try:
+                os.link(source.resolve(), target)
+                continue
+            except OSError:  # another file system
+                pass
+        shutil.copyfile(source, target)
+
+
+def _report(progress: Callable[[str, int, int], None]) -> Any:
+    import transformers
+
+    class Report(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+            progress("train", state.global_step, state.max_steps)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+            if logs and "loss" in logs:
+                log.info("step %d of %d: loss %.3f", state.global_step, state.max_steps, float(logs["loss"]))
+
+    return Report()

@@ -1,0 +1,169 @@
+"""The checks that every produced model must pass before it replaces what was there.
+
+``files`` looks at what was written: bits found against bits asked for, graph, configuration. ``full`` also reloads the
+model in the runtime that will use it, generates with it, and compares it with its source on a short text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from olive.errors import VerifyError
+from olive.model import Model
+
+WINDOWS = 4
+WINDOW_TOKENS = 256
+GENERATED_TOKENS = 8
+DEFAULT_MAX_KL = 0.5
+"""Nats per token. Working 4-bit models stay under 0.1 on text; broken ones (a wrong zero point, swapped heads) are
+above 1."""
+
+
+def check_files(model: Model, bits: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the files of a model; ``bits`` is what each linear should have (a number, or ``float``)."""
+    found = _onnx_bits(model.path) if model.kind == "onnx" else _checkpoint_bits(model.path)
+    for module, asked in bits.items():
+        real = found.get(module, "float")
+        if real != asked:
+            raise VerifyError(f"{module}: asked for {asked} bits, found {real} in the files")
+    counts: dict[str, int] = {}
+    for module in sorted({*bits, *found}):
+        label = str(found.get(module, "float"))
+        counts[label] = counts.get(label, 0) + 1
+    return {"linears_by_bits": counts}
+
+
+def _checkpoint_bits(folder: Path) -> dict[str, int]:
+    from olive.quant.formats.checkpoint import Checkpoint
+    from olive.quant.formats.writer import realised_bits
+
+    checkpoint = Checkpoint(folder)
+    return realised_bits(checkpoint) if checkpoint.method else {}
+
+
+def _onnx_bits(folder: Path) -> dict[str, int]:
+    """Check the graph; return the bits of every MatMulNBits node by its module."""
+    import onnx
+
+    path = folder / "model.onnx"
+    try:
+        onnx.checker.check_model(str(path))
+        graph = onnx.load(path, load_external_data=False).graph
+    except (onnx.checker.ValidationError, ValueError, OSError) as error:
+        raise VerifyError(f"{path}: not a valid ONNX graph: {error}") from None
+    _check_genai(folder, {value.name for value in graph.input})
+    found = {}
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            weights = node.input[1]
+            module = weights.removesuffix(".qweight").removesuffix(".weight")
+            found[module] = next(a.i for a in node.attribute if a.name == "bits")
+    return found
+
+
+def _check_genai(folder: Path, inputs: set[str]) -> None:
+    path = folder / "genai_config.json"
+    if not path.is_file():
+        return
+    decoder = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]
+    names = decoder["inputs"]
+    needed = {names["input_ids"], names["attention_mask"]}
+    for i in range(decoder["num_hidden_layers"]):
+        needed |= {names["past_key_names"] % i, names["past_value_names"] % i}
+    if missing := sorted(needed - inputs):
+        raise VerifyError(f"{path}: names an input {missing[0]} that the graph does not have")
+
+
+def check_quality(
+    model: Model, source: Model, *, reference: Model | None, bits: Mapping[str, Any], max_kl: float | None, device: str
+) -> dict[str, Any]:
+    """Reload, generate and compare with the source; with adapters also against ``reference``, the model that has them
+    in PEFT form. Raises :class:`VerifyError` above ``max_kl``."""
+    from olive.data.rows import heldout_text
+    from olive.data.samples import text_windows
+    from olive.runtime.torch_model import load_tokenizer
+
+    tokenizer = load_tokenizer(source.path, source.trust_remote_code)
+    ids = text_windows(heldout_text(), tokenizer, WINDOW_TOKENS, WINDOWS)
+    lowest = min((b for b in bits.values() if isinstance(b, int)), default=16)
+    limit = max_kl if max_kl is not None else DEFAULT_MAX_KL if lowest >= 4 else math.inf
+    figures = {"generates": _generates(model, tokenizer), **_compare(source, None, model, None, ids, device, limit)}
+    if model.kind == "onnx" and reference is not None:
+        for name, file in model.adapters.items():
+            with_adapter = _compare(reference, reference.adapters[name], model, file, ids, device, limit)
+            figures[f"adapter {name}"] = with_adapter
+    return figures
+
+
+def _generates(model: Model, tokenizer: Any) -> int:
+    """Return how many tokens the reloaded model generates."""
+    prompt = "The"
+    if model.kind == "onnx":
+        from olive.runtime.genai import Generator
+
+        with Generator(model.path) as generator:
+            return len(generator.generate(prompt, max_new_tokens=GENERATED_TOKENS).tokens)
+    from olive.runtime.torch_model import load
+
+    loaded = load(model.path, trust_remote_code=model.trust_remote_code)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = loaded.generate(ids, max_new_tokens=GENERATED_TOKENS, do_sample=False)
+    return int(out.shape[1] - ids.shape[1])
+
+
+def _compare(
+    source: Model, source_adapter: Path | None, model: Model, adapter: Path | None, ids: Any, device: str, limit: float
+) -> dict[str, Any]:
+    import torch
+
+    from olive.evaluate.quality import Quality
+
+    quality = Quality()
+    expected = _hf_logits(source, source_adapter, ids, device)
+    found = _hf_logits(model, None, ids, device) if model.kind == "hf" else _onnx_logits(model, adapter, ids)
+    for row, (want, got) in enumerate(zip(expected, found, strict=True)):
+        if not torch.isfinite(got).all():
+            raise VerifyError(f"{model.path.name}: gives logits that are not finite numbers")
+        quality.add(want.cpu(), got.cpu(), ids[row : row + 1])
+    figures = quality.figures()
+    if not figures["kl_divergence"] <= limit:
+        raise VerifyError(
+            f"KL divergence from the source is {figures['kl_divergence']:.4f} nats per token, above {limit:g} "
+            f"(top-1 agreement {figures['top1_agreement']:.1%}); a smaller group size, more bits or calibration data "
+            "help; --max_kl sets the limit"
+        )
+    return figures
+
+
+def _hf_logits(model: Model, adapter: Path | None, ids: Any, device: str) -> Iterator[Any]:
+    """Yield a checkpoint's logits [1, T, V] row by row, one of its layers in memory at a time."""
+    import torch
+
+    from olive.runtime.layers import LayeredModel, open_tensors, skeleton
+
+    meta = skeleton(model.path, trust_remote_code=model.trust_remote_code)
+    tensors: Any = open_tensors(model.path, meta, trust_remote_code=model.trust_remote_code)
+    if adapter is not None:
+        from olive.decoder.merge import Merged
+
+        tensors = Merged(tensors, adapter)
+    layered = LayeredModel(tensors, meta, dtype=torch.float32, device=device)
+    batches = layered.start(ids, 1)
+    for index, _, block in layered.layers():
+        layered.advance(index, block, batches)
+    for batch in batches:
+        yield layered.logits(batch)
+
+
+def _onnx_logits(model: Model, adapter: Path | None, ids: Any) -> Iterator[Any]:
+    import torch
+
+    from olive.runtime.session import OnnxDecoder
+
+    decoder = OnnxDecoder(model.path)
+    for row in ids:
+        yield torch.from_numpy(decoder.logits(row[None].numpy(), adapter))

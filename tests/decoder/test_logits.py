@@ -1,0 +1,123 @@
+"""The float32 graph computes what transformers computes, family by family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import tiny
+from olive.decoder import rope
+from olive.decoder.build import build
+from olive.decoder.options import Options
+from olive.quant.formats.checkpoint import Checkpoint
+from olive.runtime.session import OnnxDecoder
+
+BOUND = 1e-4
+"""Float32 sums in another order differ by about 1e-5 at logits of about 5."""
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "models"
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama with llama3 rope": ("llama", {"rope_parameters": tiny.LLAMA3}),
+    "llama with linear rope and biases": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "mistral beyond its window": ("mistral", {"sliding_window": 16}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+    "phi3": ("phi3", {}),
+    "phi3 beyond its window": ("phi3", {"sliding_window": 16}),
+    "phi3 with a part of the head rotated": (
+        "phi3",
+        {
+            "hidden_size": 256,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "qwen2 with biases, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 with a window on its last layer": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+    "qwen2 with a window that is switched off": ("qwen2", {"use_sliding_window": False, "sliding_window": 16}),
+    "qwen3 with a head size of its own": ("qwen3", {"head_dim": 32}),
+}
+
+
+def expected(model: torch.nn.Module, ids: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model(ids).logits.float().numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    model = tiny.checkpoint(tmp_path / "hf", family, **changes)
+    build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())
+    onnx.checker.check_model(str(tmp_path / "onnx" / "model.onnx"))
+    ids = tiny.ids(80)
+    given = OnnxDecoder(tmp_path / "onnx", 1).logits(ids.numpy())
+    assert np.abs(given - expected(model, ids)).max() < BOUND
+
+
+PHI35 = {  # the numbers of Phi-3.5-mini-instruct that decide on positions; 4 of its 32 heads
+    "hidden_size": 384, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "vocab_size": 320, "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+    "sliding_window": 262144, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+FACTORS = {
+    "short_factor": [1.0 + 0.04 * i for i in range(48)],
+    "long_factor": [1.0 + 1.3 * i for i in range(48)],
+}
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+def test_longrope_on_both_sides_of_the_original_length(spelling: str, tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **FACTORS}
+    model = tiny.checkpoint(tmp_path / "hf", "phi3", **PHI35, rope_parameters=rope)
+    model.set_attn_implementation("sdpa")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    if spelling == "rope_scaling":
+        del config["rope_parameters"]
+        config |= {"rope_theta": 10000.0, "rope_scaling": {"type": "longrope", **FACTORS}}
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())
+    assert facts["notes"] == []
+    decoder = OnnxDecoder(tmp_path / "onnx", 2)
+    for tokens in (64, 4096, 4097, 4160):
+        ids = tiny.ids(tokens, batch=1)
+        with torch.no_grad():
+            want = model(ids, logits_to_keep=64).logits.numpy()
+        assert np.abs(decoder.logits(ids.numpy())[:, -64:] - want).max() < BOUND, tokens
+
+
+@pytest.mark.parametrize("config", [{"short_mscale": 1.25, "long_mscale": 1.5}, {"attention_factor": 1.4}])
+def test_longrope_scale_given_in_the_config(config: dict[str, float]) -> None:
+    settings = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8} | config
+    found = rope.read(
+        {"model_type": "phi3", "rope_scaling": settings, "max_position_embeddings": 64}, 16, original=32
+    )
+    assert found.table()[0][0, 0] == pytest.approx(config.get("short_mscale", 1.4))
+    assert found.table(long=True)[0][0, 0] == pytest.approx(config.get("long_mscale", 1.4))
+
+
+@pytest.mark.parametrize("name", ["llama-12m", "phi3-4m", "phi3-29m", "qwen3-12m"])
+def test_trained_models(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"the trained model {name} is not beside the repository")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    build(Checkpoint(folder), tmp_path, Options())
+    ids = torch.randint(5, 8000, (1, 200), generator=torch.Generator().manual_seed(0))
+    assert np.abs(OnnxDecoder(tmp_path, 1).logits(ids.numpy()) - expected(model, ids)).max() < BOUND
