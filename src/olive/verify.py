@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ def check_files(model: Model, bits: Mapping[str, Any]) -> dict[str, Any]:
     """Check the files of a model; ``bits`` is what each linear should have (a number, or ``float``)."""
     found = _onnx_bits(model.path) if model.kind == "onnx" else _checkpoint_bits(model.path)
     for module, asked in bits.items():
-        real = found.get(module, "float")
+        packed = re.sub(r"\.[qkv]_proj$", ".qkv_proj", module)  # one node may hold the three
+        real = found.get(module, found.get(packed, "float"))
         if real != asked:
             raise VerifyError(f"{module}: asked for {asked} bits, found {real} in the files")
     counts: dict[str, int] = {}
-    for module in sorted({*bits, *found}):
-        label = str(found.get(module, "float"))
-        counts[label] = counts.get(label, 0) + 1
-    return {"linears_by_bits": counts}
+    for value in found.values():
+        counts[str(value)] = counts.get(str(value), 0) + 1
+    return {"layers_by_bits": counts}
 
 
 def _checkpoint_bits(folder: Path) -> dict[str, int]:
@@ -46,7 +47,7 @@ def _checkpoint_bits(folder: Path) -> dict[str, int]:
 
 
 def _onnx_bits(folder: Path) -> dict[str, int]:
-    """Check the graph; return the bits of every MatMulNBits node by its module."""
+    """Check the graph; return the bits of every quantized product or table by its module."""
     import onnx
 
     path = folder / "model.onnx"
@@ -58,9 +59,9 @@ def _onnx_bits(folder: Path) -> dict[str, int]:
     _check_genai(folder, {value.name for value in graph.input})
     found = {}
     for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            weights = node.input[1]
-            module = weights.removesuffix(".qweight").removesuffix(".weight")
+        place = {"MatMulNBits": 1, "GatherBlockQuantized": 0}.get(node.op_type)
+        if place is not None:
+            module = node.input[place].rpartition(".")[0]
             found[module] = next(a.i for a in node.attribute if a.name == "bits")
     return found
 

@@ -103,9 +103,7 @@ def test_longrope_on_both_sides_of_the_original_length(spelling: str, tmp_path: 
 @pytest.mark.parametrize("config", [{"short_mscale": 1.25, "long_mscale": 1.5}, {"attention_factor": 1.4}])
 def test_longrope_scale_given_in_the_config(config: dict[str, float]) -> None:
     settings = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8} | config
-    found = rope.read(
-        {"model_type": "phi3", "rope_scaling": settings, "max_position_embeddings": 64}, 16, original=32
-    )
+    found = rope.read({"model_type": "phi3", "rope_scaling": settings, "max_position_embeddings": 64}, 16, original=32)
     assert found.table()[0][0, 0] == pytest.approx(config.get("short_mscale", 1.4))
     assert found.table(long=True)[0][0, 0] == pytest.approx(config.get("long_mscale", 1.4))
 

@@ -16,14 +16,15 @@ def parser(prog: str) -> Parser:
     from olive.passes.decoder import Decoder
     from olive.target import Target
 
-    own = Parser(
-        prog, "Build an ONNX model for ONNX Runtime GenAI from a checkpoint, with its adapter as optional inputs."
-    )
+    own = Parser(prog, "Build an ONNX model for ONNX Runtime GenAI, with an adapter as optional inputs.")
     add_model(own, adapter=True)
     add_fields(own, Target, TARGET)
     add_fields(own, Decoder, OPTIONS)
-    own.add_argument("--use_ort_genai", action="store_true",
-                     help="Write genai_config.json and the tokenizer files; always done for language models.")  # fmt: skip
+    own.add_argument(
+        "--use_ort_genai",
+        action="store_true",
+        help="Write genai_config.json and the tokenizer files: the default for language models.",
+    )
     add_flow(own)
     return own
 

@@ -16,11 +16,15 @@ def parser(prog: str) -> Parser:
     """Return the command's parser."""
     own = Parser(prog, "Generate text with a folder that auto-opt wrote.")
     own.add_argument("-m", "--model_name_or_path", metavar="FOLDER", help="The ONNX model's folder.")
-    own.add_argument("-p", "--prompt", metavar="TEXT", help="What to answer; without it, standard input is read.")
+    own.add_argument("-p", "--prompt", metavar="TEXT", help="What to answer; else standard input is read.")
     own.add_argument("--raw", action="store_true", help="Give the prompt to the model as it is, without chat template.")
     own.add_argument("--interactive", action="store_true", help="Chat: answer each line until an empty one.")
-    own.add_argument("--adapter", action="append", metavar="NAME=FILE",
-                     help="An .onnx_adapter file (repeatable); without it the folder's own adapter is used.")  # fmt: skip
+    own.add_argument(
+        "--adapter",
+        action="append",
+        metavar="NAME=FILE",
+        help="An .onnx_adapter file (repeatable); without it the folder's own adapter is used.",
+    )
     own.add_argument("--no_adapter", action="store_true", help="Use the base model alone.")
     own.add_argument("--use", metavar="NAME", help="The adapter that answers first, if several are given.")
     own.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="Longest answer. Default: 256.")

@@ -117,8 +117,12 @@ def add_model(parser: Parser, *, adapter: bool = False) -> None:
     from olive.workflow import InputModel
 
     add_fields(parser, InputModel, MODEL | ({"adapter_path": "adapter_path"} if adapter else {}))
-    parser.add_argument("-t", "--task", choices=["text-generation", "text-generation-with-past"],
-                        help="Task of the model; text generation is the only one.")  # fmt: skip
+    parser.add_argument(
+        "-t",
+        "--task",
+        choices=["text-generation", "text-generation-with-past"],
+        help="Task of the model; text generation is the only one.",
+    )
 
 
 def add_data(parser: Parser) -> None:

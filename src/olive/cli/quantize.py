@@ -20,10 +20,15 @@ def parser(prog: str) -> Parser:
 
     own = Parser(prog, "Quantize the linear layers of a Hugging Face checkpoint.")
     add_model(own)
-    own.add_argument("--algorithm", choices=ALGORITHMS, default="rtn",
-                     help="rtn: round to nearest, no data; awq: fitted to calibration data. Default: rtn.")  # fmt: skip
-    own.add_argument("--precision", choices=["int4", "int8"],
-                     help="Bits that are written. Default: the algorithm's (int4).")  # fmt: skip
+    own.add_argument(
+        "--algorithm",
+        choices=ALGORITHMS,
+        default="rtn",
+        help="rtn: round to nearest, no data; awq: fitted to calibration data. Default: rtn.",
+    )
+    own.add_argument(
+        "--precision", choices=["int4", "int8"], help="Bits that are written. Default: the algorithm's (int4)."
+    )
     add_fields(own, Quantizer, OPTIONS)
     way = own.add_mutually_exclusive_group()
     text = Quantizer.model_fields["symmetric"].description

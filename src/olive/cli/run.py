@@ -50,24 +50,31 @@ def add_flow(own: Parser) -> None:
     """Add the flags that every command with a workflow has."""
     from olive.workflow import Verification, Workflow
 
-    group = own
-    group.add_argument("-o", "--output_path", metavar="FOLDER", help="Folder of the result.")
+    own.add_argument("-o", "--output_path", metavar="FOLDER", help="Folder of the result.")
     add_fields(own, Verification, VERIFY)
     add_fields(own, Workflow, ["compute_device", "seed"])
-    group.add_argument(
-        "--overwrite", action="store_true", help="Replace an output folder that is not ours or was changed."
+    own.add_argument("--overwrite", action="store_true", help="Replace an output that is not ours or was changed.")
+    own.add_argument("--no_cache", action="store_true", help="Neither read nor write the cache.")
+    own.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
+    own.add_argument(
+        "--save_config_file",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="Write the workflow file that this command stands for (default: OUTPUT_PATH.yaml).",
     )
-    group.add_argument("--no_cache", action="store_true", help="Neither read nor write the cache.")
-    group.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
-    group.add_argument("--save_config_file", nargs="?", const="", metavar="FILE",
-                       help="Write the workflow file that this command stands for (default: OUTPUT_PATH.yaml).")  # fmt: skip
     add_log_level(own)
 
 
 def add_log_level(own: Parser) -> None:
     """Add the flag for how much is logged."""
-    own.add_argument("--log_level", type=int, choices=range(5), default=2,
-                     help="0 debug, 1 info, 2 warning, 3 error, 4 critical. Default: 2.")  # fmt: skip
+    own.add_argument(
+        "--log_level",
+        type=int,
+        choices=range(5),
+        default=2,
+        help="0 debug, 1 info, 2 warning, 3 error, 4 critical. Default: 2.",
+    )
 
 
 def execute(data: dict[str, Any], args: argparse.Namespace) -> int:

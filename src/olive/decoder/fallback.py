@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from olive.decoder.families import FAMILIES
-from olive.decoder.options import Precision
+from olive.decoder.options import BITS, Precision
 from olive.errors import ConfigError, PassError
 from olive.quant.formats.checkpoint import Checkpoint
 
@@ -36,6 +36,7 @@ def build(checkpoint: Checkpoint, out: Path, precision: Precision, scratch: Path
         if "NotImplementedError" in reason:
             raise _unsupported(name, f"and GenAI's builder, the fallback, says:\n{reason}")
         raise PassError(f"{checkpoint.folder}: GenAI's builder failed (exit code {ended.returncode}):\n{reason}")
+    _check_bits(out / "model.onnx", precision)
     return {
         "engine": f"genai {importlib.metadata.version('onnxruntime-genai')}",
         "family": checkpoint.config.get("model_type", name),
@@ -43,6 +44,17 @@ def build(checkpoint: Checkpoint, out: Path, precision: Precision, scratch: Path
         "adapted": [],
         "notes": [f"built by GenAI's model builder: {name} is not a family of olive"],
     }
+
+
+def _check_bits(path: Path, precision: Precision) -> None:
+    """Check that the weights have the bits that were asked for."""
+    import onnx
+
+    nodes = [n for n in onnx.load(path, load_external_data=False).graph.node if n.op_type == "MatMulNBits"]
+    found = {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "bits"}
+    asked = BITS[precision]
+    if (asked is None and found) or (asked is not None and min(found, default=0) != asked):
+        raise PassError(f"{path}: asked GenAI's builder for {precision}, but its products have {sorted(found)} bits")
 
 
 def _unsupported(name: str, reason: str) -> ConfigError:

@@ -125,9 +125,7 @@ class Linears:
                       "accuracy_level": self.options.accuracy_level}  # fmt: skip
         return self.graph.op("MatMulNBits", inputs, f"{name}.MatMulNBits", attributes)
 
-    def _adapter(
-        self, x: ir.Value, y: ir.Value, name: str, parts: Sequence[Tensor | QuantizedWeight]
-    ) -> ir.Value:
+    def _adapter(self, x: ir.Value, y: ir.Value, name: str, parts: Sequence[Tensor | QuantizedWeight]) -> ir.Value:
         """Add ``x @ A @ B``; A and B are inputs; their default has rank 0, which costs nothing."""
         n, k = sum(_shape(p)[0] for p in parts), _shape(parts[0])[1]
         rank = f"R.{name}"  # one symbol per module: ranks may differ between modules of one adapter
@@ -167,5 +165,3 @@ def _stack_biases(parts: Sequence[Tensor | QuantizedWeight], biases: Sequence[Te
     if all(b is None for b in biases):
         return None
     return torch.cat([torch.zeros(_shape(p)[0]) if b is None else b for p, b in zip(parts, biases, strict=True)])
-
-

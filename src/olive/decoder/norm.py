@@ -33,7 +33,9 @@ class Norms:
         is in no published operator set, and the checker refuses it.
         """
         graph = self.graph
-        square = graph.op("Mul", [x, x], f"{module}.Square")
+        # Pow, not x * x: the fusion looks for it.
+        two = graph.constant("two", np.array(2, np.float32))
+        square = graph.op("Pow", [x, two], f"{module}.Square")
         axis = graph.constant("last_axis", np.array([-1], np.int64))
         mean = graph.op("ReduceMean", [square, axis], f"{module}.Mean", {"keepdims": 1})
         epsilon = graph.constant("epsilon", np.array(self.epsilon, np.float32))

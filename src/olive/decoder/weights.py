@@ -14,7 +14,7 @@ from torch import Tensor
 from olive.quant.affine import QuantizedWeight, fitting_group, pack_bits, round_to_nearest
 
 TILE = 1 << 20
-"""Weights that are converted at once: their float32 copies (4 MB) stay in the processor's cache, which doubles speed."""
+"""Weights converted at once: their float32 copies (4 MB) stay in the processor's cache, which doubles speed."""
 
 
 def round_weight(weight: Tensor, bits: int, group_size: int, *, symmetric: bool) -> QuantizedWeight | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from olive.data.spec import DataSpec
@@ -57,8 +58,8 @@ class Awq(
                 own,
                 symmetric=self.symmetric,
                 stored=stored,
-                probe=lambda index=index, block=block: layered.apply(index, block, probe),
-                forward=lambda index=index, block=block: layered.advance(index, block, batches),
+                probe=partial(layered.apply, index, block, probe),
+                forward=partial(layered.advance, index, block, batches),
                 head_dim=layered.head_dim(),
             )
             for module, (weight, error) in results.items():

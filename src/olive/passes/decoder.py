@@ -18,16 +18,15 @@ class Decoder(
     accepts="hf",
     produces="onnx",
     sources=(
-        "olive.passes.decoder", "olive.decoder.blocks", "olive.decoder.build", "olive.decoder.fallback",
-        "olive.decoder.families", "olive.decoder.genai", "olive.decoder.graph", "olive.decoder.linear",
-        "olive.decoder.lora", "olive.decoder.norm", "olive.decoder.options", "olive.decoder.peft", "olive.decoder.rope",
-        "olive.decoder.tables", "olive.decoder.weights", "olive.quant.affine", "olive.quant.formats.awq",
-        "olive.quant.formats.checkpoint", "olive.quant.formats.gptq", "olive.quant.formats.shards",
+        "olive.passes.decoder",
+        "olive.decoder",
+        "olive.quant.affine",
+        "olive.quant.formats",
         "olive.runtime.adapters",
     ),
     libraries=("onnx-ir", "onnxruntime", "onnxruntime-genai", "torch"),
     uses_target=True,
-):  # fmt: skip
+):
     """Build the graph of a decoder language model from its config and weights, with adapters as optional inputs.
 
     Integers of a quantized checkpoint are carried over bit for bit; ``precision`` is for what is float in it.
@@ -62,7 +61,7 @@ class Decoder(
             if model.adapters:
                 raise ConfigError(f"{model.path}: model_type {checkpoint.config.get('model_type')!r} is not supported "
                                   f"with adapters; families: {', '.join(FAMILIES)}")  # fmt: skip
-            ctx.note(decoder=fallback.build(checkpoint, out, self.precision, ctx.scratch))
+            ctx.note(**fallback.build(checkpoint, out, self.precision, ctx.scratch))
             return Model("onnx", out)
         digest = weights_digest(model.path)
         for folder in model.adapters.values():
@@ -74,10 +73,9 @@ class Decoder(
             file = out / (ADAPTER_FILE if len(model.adapters) == 1 else f"{name}.onnx_adapter")
             shapes = lora.convert(folder, out, file)
             facts.setdefault("adapters", {})[name] = {
-                "path": file.name,
                 "rank": max(shape[1] for tensor, shape in shapes.items() if tensor.endswith(".lora_A.weight")),
                 "shapes": shapes,
             }
             written[name] = file
-        ctx.note(decoder=facts)
+        ctx.note(**facts)
         return Model("onnx", out, written)

@@ -27,7 +27,6 @@ class Lora(
         "olive.train",
     ),
     libraries=("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets"),
-    changes_model=False,
 ):
     """Train low-rank updates of the linear layers (LoRA, Hu et al. 2021); the base stays as it is, packed if quantized.
 

@@ -1,4 +1,4 @@
-"""What every weight quantizer of Hugging Face checkpoints shares: its options, and what goes into the new checkpoint."""
+"""What every weight quantizer shares: its options, and what goes into the new checkpoint."""
 
 from __future__ import annotations
 

@@ -134,6 +134,10 @@ def quantize_layer(
     ``groups`` gives bits and group size per linear (None: stays float), ``probe`` runs the layer on a small input,
     ``forward`` on all calibration data. Returns codes and the relative output error (||dW x||^2 / ||W x||^2) by name.
     """
+
+    def linear(name: str) -> Any:
+        return block.get_submodule(name)
+
     sites = find_sites(block, probe, head_dim)
     statistics = collect(block, sites, forward)
     block.float()
@@ -143,21 +147,21 @@ def quantize_layer(
             continue
         group = groups[read[0]]
         scale = search_scale(
-            [block.get_submodule(name).weight.data for name in read],
+            [linear(name).weight.data for name in read],
             statistics[site],
             partial(round_to_nearest, bits=group.bits, group_size=group.group_size, symmetric=symmetric),
             site.fold.channel_scale,
         )
         scale = site.fold.apply(block, scale, stored)
         for name in site.linears:
-            block.get_submodule(name).weight.data *= scale
+            linear(name).weight.data *= scale
         statistics[site].rescale(scale)
     results = {}
     gram_of = {name: statistics[site].mean_gram() for site in sites for name in site.linears}
     for name, group in groups.items():
         if group is None:
             continue
-        weight = block.get_submodule(name).weight.data
+        weight: Tensor = linear(name).weight.data
         if name not in gram_of:  # never ran (an expert that no token reached): no data to go by
             results[name] = (round_to_nearest(weight, group.bits, group.group_size, symmetric=symmetric), float("nan"))
             continue
@@ -172,7 +176,7 @@ def collect(block: nn.Module, sites: list[Site], forward: Callable[[], None]) ->
     """Run ``forward`` and gather the statistics of every site's input."""
     statistics, hooks = {}, []
     for site in sites:
-        linear = block.get_submodule(site.linears[0])
+        linear: Any = block.get_submodule(site.linears[0])
         statistics[site] = InputStatistics.empty(linear.in_features, linear.weight.device)
         hooks.append(linear.register_forward_pre_hook(lambda _, args, seen=statistics[site]: seen.add(args[0])))
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ class Fold:
 
         A norm's weight is kept in ``stored`` precision: the scale is adjusted to what that precision can hold.
         """
-        module = block.get_submodule(self.module)
-        weight = module.weight.data
+        module: Any = block.get_submodule(self.module)
+        weight: Tensor = module.weight.data
         if self.kind == "linear":
             per_row = torch.ones(weight.shape[0], device=weight.device)
             per_row[self.rows.to(weight.device)] = scale.to(weight.device, torch.float32)
@@ -129,7 +130,7 @@ def _row_folds(name: str, n: int, k: int, head_dim: int | None) -> list[Fold]:
 
 
 def _proved(block: nn.Module, names: list[str], fold: Fold, run: Callable[[], Tensor], reference: Tensor) -> bool:
-    """Scale the readers and the producer by random factors: the output must not move, though the readers alone move it."""
+    """Scale readers and producer by random factors: the output must stay, though scaling the readers alone moves it."""
     generator = torch.Generator().manual_seed(0)
     scale = fold.channel_scale(torch.empty(len(fold.rows)).uniform_(0.5, 2, generator=generator))
     touched = {p for n in (*names, fold.module) for p in block.get_submodule(n).parameters()}
@@ -137,7 +138,7 @@ def _proved(block: nn.Module, names: list[str], fold: Fold, run: Callable[[], Te
     scale = scale.to(reference.device)
     try:
         for name in names:
-            linear = block.get_submodule(name)
+            linear: Any = block.get_submodule(name)
             linear.weight.data = (linear.weight.data * scale).to(linear.weight.dtype)
         moved = (run() - reference).norm()
         fold.apply(block, scale, torch.float32)

@@ -21,6 +21,7 @@ Shape = tuple[int | None, ...]
 
 def _load(folder: Path) -> Any:
     import onnx
+
     path = folder / "model.onnx"
     try:
         return onnx.load(path, load_external_data=False)

@@ -126,7 +126,7 @@ def open_tensors(folder: Path, model: nn.Module, *, trust_remote_code: bool = Fa
 class LayeredModel:
     """Runs a causal language model layer by layer; see the module's docstring."""
 
-    def __init__(self, tensors: Tensors, model: nn.Module, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, tensors: Tensors, model: Any, *, dtype: torch.dtype, device: str) -> None:
         """Fill ``model``, built by :func:`skeleton`, with what lies outside its layers."""
         self.tensors, self.model, self.dtype, self.device = tensors, model, dtype, device
         self.prefix, self.blocks = decoder_layers(self.model)
@@ -214,4 +214,4 @@ class LayeredModel:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Run what follows the layers on a batch's hidden states: logits [B, T, V]."""
-        return self._run(batch.ids, lambda *a, **k: (batch.hidden,) if self._tuples else batch.hidden)
+        return self._run(batch.ids, lambda *_, **__: (batch.hidden,) if self._tuples else batch.hidden)

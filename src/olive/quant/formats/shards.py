@@ -141,7 +141,7 @@ class ShardWriter:
         if count == 1:
             self._part(0).rename(self.folder / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self.folder / final)
