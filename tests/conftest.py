@@ -7,16 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from places import SHARED
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["OLIVE_CACHE_DIR"] = os.devnull + "/a-test-must-ask-for-the-cache-fixture"
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
-LAB_MODEL = ROOT / "examples" / "lab" / "model"
-TRAVEL = ROOT / "examples" / "lab" / "data" / "data_sample_travel.jsonl"
-TEMPLATE = r"<|user|>\n{prompt}<|end|>\n<|assistant|>\n{response}<|end|>"
 
 
 @pytest.fixture(autouse=True, scope="session")

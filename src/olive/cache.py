@@ -87,7 +87,7 @@ class Cache:
         """Store a staged entry: its files become read-only, and it appears at once."""
         (staged / "step.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for path in (staged / "files").rglob("*"):
-            if path.is_file():
+            if path.is_file() and path.stat().st_mode & 0o222:
                 path.chmod(0o444)
         folder = self._folder(key)
         folder.parent.mkdir(parents=True, exist_ok=True)

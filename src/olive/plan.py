@@ -96,8 +96,8 @@ def _check_output(output: Path, inputs: list[Path]) -> None:
                 f"{output}: the output must not hold, or lie in, the input {source}; choose another folder"
             )
     existing = next(p for p in (place, *place.parents) if p.exists())
-    if existing != place and not existing.is_dir():
-        raise ConfigError(f"{output}: cannot be created, because {existing} is a file")
+    if not existing.is_dir():
+        raise ConfigError(f"{output}: cannot be a folder, because {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{output}: not writable (no permission in {existing}); choose another --output_path")
 

@@ -59,10 +59,9 @@ def _onnx_bits(folder: Path) -> dict[str, int]:
     _check_genai(folder, {value.name for value in graph.input})
     found = {}
     for node in graph.node:
-        place = {"MatMulNBits": 1, "GatherBlockQuantized": 0}.get(node.op_type)
-        if place is not None:
-            module = node.input[place].rpartition(".")[0]
-            found[module] = next(a.i for a in node.attribute if a.name == "bits")
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            bits = next(a.i for a in node.attribute if a.name == "bits")
+            found[node.name.rpartition(".")[0]] = bits
     return found
 
 

@@ -41,7 +41,7 @@ def test_model_with_an_adapter(tmp_path: Path) -> None:
     made = Decoder(precision="int4").run(source, context(tmp_path, facts, Target()))
     assert made.kind == "onnx" and made.path == tmp_path / "out" / "model"
     assert made.adapters == {"travel": made.path / "adapter_weights.onnx_adapter"}
-    assert facts["decoder"]["adapters"]["travel"]["rank"] == 4
+    assert facts["adapters"]["travel"]["rank"] == 4
     assert facts["progress"] == ("layers", 16, 16)
     assert Generator(made.path, made.adapters).generate("hi", adapter="travel", max_new_tokens=2).tokens
 

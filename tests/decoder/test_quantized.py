@@ -156,7 +156,7 @@ def test_a_linear_that_no_group_divides_stays_float_and_is_reported(tmp_path: Pa
     facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options("int4"))
     assert set(facts["fallbacks"]) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
     assert "100 channels" in facts["fallbacks"]["model.layers.0.mlp.down_proj"]
-    assert facts["bits"]["model.layers.0.mlp.down_proj"] == 32
+    assert facts["bits"]["model.layers.0.mlp.down_proj"] == "float"
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import tiny
 from olive.quant import awq
 from olive.quant.affine import choose_qparams, quantize, round_to_nearest
 from olive.quant.sites import find_sites
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tiny
 
 
 def inputs(k: int = 32, tokens: int = 200) -> torch.Tensor:

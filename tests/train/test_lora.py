@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from olive.errors import ConfigError
 from olive.model import digests, weights_digest
 from olive.runtime.torch_model import load
 from olive.train.arguments import learning_rate, training_arguments
-from olive.train.lora import Job, answer_loss, attach, hold_back, lay, save
+from olive.train.lora import Job, answer_loss, attach, hold_back, save
 
 
 def test_training_lowers_the_loss_on_rows_held_back(base: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -137,15 +136,3 @@ def test_strings_from_a_command_line_are_converted(tmp_path: Path) -> None:
     made = training_arguments(given, tmp_path, 512, 5, "cpu")
     assert (made.max_steps, made.learning_rate, made.bf16, made.seed) == (7, 3e-4, False, 5)
     assert training_arguments({}, tmp_path, 512, 5, "cpu").learning_rate == learning_rate(512)
-
-
-def test_read_only_files_are_linked_and_others_copied(tmp_path: Path) -> None:
-    source, target = tmp_path / "a", tmp_path / "b"
-    (source / "sub").mkdir(parents=True)
-    (source / "locked").write_text("1")
-    (source / "locked").chmod(stat.S_IRUSR)
-    (source / "sub" / "open").write_text("2")
-    lay(source, target)
-    assert (target / "locked").stat().st_ino == (source / "locked").stat().st_ino
-    assert (target / "sub" / "open").stat().st_ino != (source / "sub" / "open").stat().st_ino
-    assert digests(source) == digests(target)

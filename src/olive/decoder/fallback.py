@@ -33,7 +33,7 @@ def build(checkpoint: Checkpoint, out: Path, precision: Precision, scratch: Path
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode or not (out / "model.onnx").is_file():
         reason = "\n".join(ended.stderr.strip().splitlines()[-4:])
-        if "NotImplementedError" in reason:
+        if "NotImplementedError" in reason or "does not recognize this architecture" in reason:
             raise _unsupported(name, f"and GenAI's builder, the fallback, says:\n{reason}")
         raise PassError(f"{checkpoint.folder}: GenAI's builder failed (exit code {ended.returncode}):\n{reason}")
     _check_bits(out / "model.onnx", precision)

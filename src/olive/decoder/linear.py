@@ -34,7 +34,7 @@ class Linears:
     """Modules of the graph that take adapter inputs."""
     done: Callable[[str], None]
     """Called with each module of the checkpoint that has been written."""
-    bits: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, int | str] = field(default_factory=dict)
     """Bits per weight of each module of the checkpoint."""
     fallbacks: dict[str, str] = field(default_factory=dict)
     """Modules that stayed float against what was asked, with the reason."""
@@ -68,7 +68,7 @@ class Linears:
         else:
             weight = self.checkpoint.weight(f"{module}.weight")
             if bits is None:
-                self.bits[name] = 32
+                self.bits[name] = "float"
                 return weight
             options = self.options
             rounded = weights.round_weight(weight, bits, options.group_size, symmetric=options.symmetric)
@@ -81,7 +81,7 @@ class Linears:
 
     def _fall_back(self, name: str, reason: str) -> None:
         log.warning("%s: %s", name, reason)
-        self.bits[name] = 32
+        self.bits[name] = "float"
         self.fallbacks[name] = reason
 
     def _bias(self, module: str) -> Tensor | None:

@@ -56,7 +56,7 @@ class Tables:
             if isinstance(weight, QuantizedWeight):
                 return linears.multiply(x, linears.store(HEAD, weight), HEAD)
             self._float = self._float or self._table(weight)
-        linears.bits[HEAD] = 32
+        linears.bits[HEAD] = "float"
         # reads the table by rows as it is; a Transpose would be folded into a copy on every load
         return self.graph.op("FusedMatMul", [x, self._float], f"{HEAD}.FusedMatMul", {"transB": 1})
 

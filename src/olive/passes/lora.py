@@ -49,7 +49,8 @@ class Lora(
     def run(self, model: Model, ctx: Context) -> Model:
         if self.data is None:
             raise ConfigError("lora needs data to train on; add data: to the pass or give --data_name and --data_files")
-        from olive.train.lora import Job, lay, train
+        from olive.cache import lay
+        from olive.train.lora import Job, train
 
         modules = self.target_modules
         job = Job(

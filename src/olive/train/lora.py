@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,7 @@ from olive.data.rows import describe
 from olive.data.samples import MASKED, Sample, collate, samples
 from olive.data.spec import DataSpec
 from olive.errors import ConfigError
-from olive.model import files, weights_digest
+from olive.model import weights_digest
 from olive.runtime.torch_model import load, load_tokenizer
 from olive.train.arguments import training_arguments
 
@@ -147,20 +144,6 @@ def save(model: Any, base: Path, adapter_dir: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     note = {"format": "olive", "kind": "adapter", "base_digest": weights_digest(base)}
     (adapter_dir / "olive.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-
-
-def lay(source_dir: Path, target_dir: Path) -> None:
-    """Lay the files of a model under another folder: read-only ones as hard links, the rest as copies."""
-    for name in files(source_dir):
-        source, target = source_dir / name, target_dir / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not source.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
-            try:
-                os.link(source.resolve(), target)
-                continue
-            except OSError:  # another file system
-                pass
-        shutil.copyfile(source, target)
 
 
 def _report(progress: Callable[[str, int, int], None]) -> Any:

@@ -1,0 +1,351 @@
+"""The commands on the shipped model: what they write, what they refuse, with which words and exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from olive.cli import main
+from olive.model import digests, read_manifest
+from places import LAB_MODEL, TEMPLATE, TRAVEL
+
+QUICK = ["--verify", "files"]
+
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def copy(tmp_path: Path, *without: str) -> Path:
+    """Copy the lab's model, without some files."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(LAB_MODEL, folder, ignore=lambda *_: set(without))
+    return folder
+
+
+def quantize(model: Path | str, out: Path, *more: str) -> int:
+    return main(["quantize", "-m", str(model), "-o", str(out), *QUICK, *more])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2) -> str:
+    """Run a command that must fail with ``code``; return what it said."""
+    assert main(argv) == code
+    return capsys.readouterr().err
+
+
+def test_quantize_writes_the_bits_it_was_asked_for(tmp_path: Path) -> None:
+    for precision, bits in (("int4", 4), ("int8", 8)):
+        out = tmp_path / precision
+        assert quantize(LAB_MODEL, out, "--precision", precision) == 0
+        manifest = read_manifest(out)
+        assert manifest is not None
+        assert set(manifest["bits"].values()) == {bits}
+        assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == bits
+        assert manifest["files"] == digests(out)
+        assert str(tmp_path) not in (out / "olive.json").read_text()
+
+
+def test_a_repeated_run_is_cached_and_byte_identical(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert quantize(LAB_MODEL, out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "rtn          cached" not in capsys.readouterr().out
+    assert quantize(LAB_MODEL, out) == 0
+    assert "rtn          cached" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    shutil.rmtree(out)
+    assert quantize(LAB_MODEL, out, "--no_cache") == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_edit_of_an_output_does_not_reach_the_cache_or_the_input(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    source = copy(tmp_path)
+    assert quantize(source, out) == 0
+    originals = digests(source)
+    for name in ("config.json", "tokenizer.json"):
+        (out / name).write_text("edited")
+    assert digests(source) == originals
+    assert quantize(source, tmp_path / "again") == 0
+    assert "edited" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(LAB_MODEL, tmp_path / "out", "--dry_run") == 0
+    assert "run        rtn" in capsys.readouterr().out
+    assert quantize(LAB_MODEL, tmp_path / "out") == 0
+    capsys.readouterr()
+    assert quantize(LAB_MODEL, tmp_path / "out", "--dry_run") == 0
+    assert "cached     rtn" in capsys.readouterr().out
+
+
+def test_the_saved_workflow_is_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "w.yaml"
+    options = ["--group_size", "64", "--symmetric", "--save_config_file", str(file)]
+    assert quantize(LAB_MODEL, tmp_path / "out", *options) == 0
+    before = digests(tmp_path / "out")
+    capsys.readouterr()
+    assert main(["run", str(file), "-o", str(tmp_path / "again")]) == 0
+    assert "rtn          cached" in capsys.readouterr().out
+    assert digests(tmp_path / "again") == before
+
+
+def test_a_workflow_file_runs_several_passes(tmp_path: Path) -> None:
+    rows = {"name": "json", "files": [str(TRAVEL)], "text_template": "{prompt}{response}", "max_samples": 4,
+            "max_seq_len": 64}  # fmt: skip
+    workflow = {
+        "input_model": {"path": str(LAB_MODEL)},
+        "data": {"rows": rows},
+        "passes": [{"type": "awq", "group_size": 64, "data": "rows"}, {"type": "decoder"}],
+        "output_dir": str(tmp_path / "out"),
+    }
+    file = tmp_path / "w.yaml"
+    file.write_text(yaml.safe_dump(workflow))
+    assert main(["run", str(file)]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest["kind"] == "onnx"
+    assert manifest["verification"]["level"] == "full"
+    assert manifest["verification"]["kl_divergence"] < 0.5
+    assert [step["pass"] for step in manifest["made_by"]["steps"]] == ["awq", "decoder"]
+    assert (tmp_path / "out" / "model" / "genai_config.json").is_file()
+
+
+def test_group_sizes_that_do_not_divide_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(LAB_MODEL, tmp_path / "out", "--group_size", "192") == 0
+    assert "group size 128" in capsys.readouterr().out
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert set(manifest["fallbacks"].values()) == {"group size 128"}
+
+
+def test_a_quantized_base_is_made_float_again(tmp_path: Path) -> None:
+    assert quantize(LAB_MODEL, tmp_path / "q") == 0
+    assert main(["dequantize", "-m", str(tmp_path / "q"), "-o", str(tmp_path / "f")]) == 0
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from olive.quant.formats.checkpoint import Checkpoint
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "f")
+    packed = Checkpoint(tmp_path / "q")
+    name = packed.quantized[0]
+    assert model.dtype == torch.float32
+    assert torch.equal(model.get_submodule(name).weight.data, packed.quantized_weight(name).dequantize())
+
+
+def test_verification_fails_with_its_own_code_and_keeps_the_previous_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert quantize(LAB_MODEL, out) == 0
+    before = digests(out)
+    argv = ["quantize", "-m", str(LAB_MODEL), "-o", str(out), "--group_size", "256", "--max_kl", "1e-6"]
+    assert "KL divergence from the source" in refusal(capsys, argv, code=3)
+    assert digests(out) == before
+
+
+MODEL_AND_OUT = ["-m", str(LAB_MODEL), "-o", "out"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["quantise", *MODEL_AND_OUT], ["unknown command 'quantise'", "did you mean 'quantize'"]),
+        (["quantize", *MODEL_AND_OUT, "--algoritm", "rtn"], ["--algoritm", "did you mean '--algorithm'"]),
+        (["quantize", *MODEL_AND_OUT, "stray"], ["unexpected argument 'stray'"]),
+        (["quantize", "-o", "out"], ["--model_name_or_path (-m) is required"]),
+        (["quantize", "-m", str(LAB_MODEL)], ["--output_path (-o) is required"]),
+        (["quantize", *MODEL_AND_OUT, "--algorithm", "awq", "--precision", "int8"], ["int8", "awq", "int4"]),
+        (["quantize", *MODEL_AND_OUT, "--format", "awq", "--precision", "int8"], ["awq layout holds 4 bits only"]),
+        (["quantize", *MODEL_AND_OUT, "--group_size", "8"], ["group_size", "at least 16"]),
+        (["quantize", *MODEL_AND_OUT, "--exclude", "*.nothing"], ["no linear layer is named like '*.nothing'"]),
+        (["quantize", *MODEL_AND_OUT, "--data_files", "x.txt"], ["rtn uses no data"]),
+        (["quantize", "-m", "no/such/folder", "-o", "out"], ["no/such/folder: no such model folder"]),
+        (["quantize", "-m", "owner/unknown", "-o", "out"], ["owner/unknown", "cache"]),
+        (
+            ["quantize", "-m", "azureml://registries/r/models/m/versions/1", "-o", "out"],
+            ["azureml://", "not built yet"],
+        ),
+        (["finetune", *MODEL_AND_OUT], ["give data to train on"]),
+        (["auto-opt", *MODEL_AND_OUT, "--adapter_path", "nowhere"], ["nowhere", "no adapter_config.json"]),
+        (["auto-opt", *MODEL_AND_OUT, "--device", "gpu"], ["CPUExecutionProvider does not run on device gpu"]),
+        (["generate", "-m", str(LAB_MODEL), "-p", "x"], ["is not an ONNX model", "auto-opt"]),
+        (["run", "nothing.yaml"], ["nothing.yaml: no such file"]),
+        (["run"], ["give a workflow file"]),
+        (["convert-adapters", "-a", "a", "-m", "b"], ["--output_path is required"]),
+    ],
+)
+def test_bad_arguments_are_named(
+    argv: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    said = refusal(capsys, argv)
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"passess": []}, ["passess: unknown option", "did you mean 'passes'"]),
+        ({"passes": [{"type": "rtnn"}]}, ["passes.0", "unknown pass 'rtnn'", "did you mean 'rtn'"]),
+        ({"passes": [{"type": "rtn", "bit": 4}]}, ["passes.0.bit: unknown option", "did you mean 'bits'"]),
+        ({"passes": [{"type": "rtn", "bits": 5}]}, ["passes.0.bits", "got 5"]),
+        ({"passes": [{"type": "awq", "data": "missing"}]}, ["no data set is called 'missing'"]),
+        ({"passes": [{"type": "awq", "data": {"name": "text", "max_sampels": 3}}]}, ["did you mean 'max_samples'"]),
+        ({"passes": [{"type": "decoder"}, {"type": "rtn"}]}, ["passes.1", "rtn works on hf models, but gets onnx"]),
+        ({"passes": []}, ["expected a list of passes"]),
+        ({"target": {"device": "cpu", "provder": "x"}}, ["target.provder", "did you mean 'provider'"]),
+        ({"input_model": {}}, ["input_model.path: required"]),
+    ],
+)
+def test_mistakes_in_a_workflow_file_are_placed(
+    change: dict, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {
+        "input_model": {"path": str(LAB_MODEL)}, "passes": [{"type": "rtn"}], "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    file = tmp_path / "w.yaml"
+    file.write_text(yaml.safe_dump(good | change))
+    said = refusal(capsys, ["run", str(file)])
+    assert all(word in said for word in words), said
+
+
+def test_broken_yaml_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text("passes:\n  - {type: rtn\n")
+    assert f"{file}:3:1: not YAML" in refusal(capsys, ["run", str(file)])
+
+
+def test_bad_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = copy(tmp_path), str(tmp_path / "out")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    said = refusal(capsys, ["quantize", "-m", str(folder), "-o", out])
+    assert "model.safetensors: truncated" in said
+    weights.write_bytes(b"garbage")
+    assert "not a safetensors file" in refusal(capsys, ["quantize", "-m", str(folder), "-o", out])
+    weights.write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of", "architectures": ["Unheard"]}))
+    assert "unheard_of" in refusal(capsys, ["quantize", "-m", str(folder), "-o", out])
+    assert "Unheard is not supported" in refusal(capsys, ["auto-opt", "-m", str(folder), "-o", out])
+    (folder / "config.json").unlink()
+    assert "not a model folder" in refusal(capsys, ["quantize", "-m", str(folder), "-o", out])
+    assert not Path(out).exists()
+
+
+def test_a_missing_tokenizer_matters_only_where_one_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy(tmp_path, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    assert quantize(folder, tmp_path / "rtn") == 0
+    argv = ["-m", str(folder), "-o", str(tmp_path / "out")]
+    assert "no tokenizer" in refusal(capsys, ["quantize", *argv, "--algorithm", "awq"])
+    assert "tokenizer" in refusal(capsys, ["auto-opt", *argv])
+    assert "no tokenizer" in refusal(capsys, ["quantize", *argv])  # full verification generates text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"prompt": "a", "response": "b"}', '{"prompt": "a", '], ["rows.jsonl:2", "JSON"]),
+        (['{"prompt": "a", "answer": "b"}'], ["response", "prompt, answer", "rows.jsonl:1"]),
+        ([], ["rows.jsonl", "empty"]),
+    ],
+)
+def test_bad_rows_are_named(
+    lines: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines))
+    argv = ["finetune", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out"), "--data_files", str(file)]
+    said = refusal(capsys, [*argv, "--text_template", TEMPLATE, "--max_steps", "1"])
+    assert all(word in said for word in words), said
+
+
+def test_an_unknown_training_option_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["finetune", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out"), "--data_files", str(TRAVEL)]
+    said = refusal(capsys, [*argv, "--text_template", TEMPLATE, "--max_stepps", "1"])
+    assert "max_stepps" in said
+    assert "max_steps" in said
+
+
+def test_outputs_that_are_not_ours_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    argv = ["quantize", "-m", str(LAB_MODEL), "-o", str(out), *QUICK]
+    assert "already holds something else" in refusal(capsys, argv)
+    assert (out / "thesis.txt").read_text() == "years of work"
+    assert main([*argv, "--overwrite"]) == 0
+    assert not (out / "thesis.txt").exists()
+    (out / "notes.txt").write_text("added by hand")
+    assert "notes.txt was changed or added" in refusal(capsys, argv)
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    argv = ["quantize", "-m", str(LAB_MODEL), *QUICK, "-o"]
+    assert "is a file" in refusal(capsys, [*argv, str(file)])
+    assert "is a file" in refusal(capsys, [*argv, str(file / "below")])
+    source = copy(tmp_path)
+    for place in (source, source / "below", tmp_path):
+        argv = ["quantize", "-m", str(source), "--overwrite", *QUICK, "-o", str(place)]
+        assert "must not hold, or lie in, the input" in refusal(capsys, argv)
+    assert digests(source) == digests(LAB_MODEL)
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    argv = ["quantize", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out"), *QUICK]
+    assert "no space left while writing" in refusal(capsys, argv, code=1)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    assert not list((cache / "entries").glob("*/*"))
+    assert not list((cache / "building").glob("*"))
+
+
+def test_an_interrupt_keeps_finished_steps_and_nothing_else(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from olive import verify
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "check_files", interrupt)
+    assert "interrupted" in refusal(capsys, ["quantize", *MODEL_AND_OUT[:2], "-o", str(tmp_path / "out")], code=130)
+    monkeypatch.undo()
+    monkeypatch.setenv("OLIVE_CACHE_DIR", str(cache))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+    assert quantize(LAB_MODEL, tmp_path / "out") == 0
+    assert "rtn          cached" in capsys.readouterr().out
+
+
+def test_hub_ids_come_from_the_cache_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, commit = tmp_path / "hub", "0" * 40
+    repo = hub / "models--microsoft--Phi-3.5-mini-instruct"
+    shutil.copytree(LAB_MODEL, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    assert quantize("microsoft/Phi-3.5-mini-instruct", tmp_path / "out") == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest["source"]["model"] == "microsoft/Phi-3.5-mini-instruct"
+    assert manifest["source"]["revision"] == commit
