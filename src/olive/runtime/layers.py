@@ -7,6 +7,7 @@ used for everything around the layers, so that any architecture that transformer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,6 +124,10 @@ def open_tensors(folder: Path, model: nn.Module, *, trust_remote_code: bool = Fa
     return LoadedTensors(folder, trust_remote_code=trust_remote_code)
 
 
+class _AllSeen(Exception):
+    """Every layer has been reached."""
+
+
 class LayeredModel:
     """Runs a causal language model layer by layer; see the module's docstring."""
 
@@ -176,9 +181,12 @@ class LayeredModel:
             if args:
                 raise ConfigError(f"{type(self.model).__name__}: passes positional arguments to its layers")
             seen.append((hidden, kwargs))
+            if len(seen) == len(self.blocks):
+                raise _AllSeen  # what follows the layers is not wanted here
             return (hidden,) if self._tuples else hidden
 
-        self._run(ids, record)
+        with suppress(_AllSeen):
+            self._run(ids, record)
         shapes = {hidden.shape for hidden, _ in seen}
         if len(shapes) > 1:  # this model unpacks what a layer returns: layers return tuples
             return None

@@ -1,0 +1,84 @@
+"""Kill a run at random moments: neither the output nor the cache may ever be broken.
+
+    python benchmarks/killed.py MODEL [TRIES] [COMMAND OPTIONS ...]
+
+Runs ``olive quantize`` (rtn, or the options given) in a fresh process group, kills it (SIGKILL) after a random time,
+then checks: the output folder is absent, or whole with the digests of its manifest; every cache entry has the digests
+of its record. Every other try starts with an output already there, which must stay or be replaced whole. In the end a
+run that is left alone must succeed and give the same bytes as one in a new cache.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from olive.cache import Cache
+from olive.model import digests, read_manifest
+
+
+def start(argv: list[str], cache: Path) -> subprocess.Popen:
+    """Start an olive command in a process group of its own."""
+    environment = os.environ | {"OLIVE_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(
+        [sys.executable, "-m", "olive", *argv], env=environment, stdout=quiet, stderr=quiet, start_new_session=True
+    )
+
+
+def check(out: Path, cache: Path) -> str:
+    """Fail if anything is broken; say what is there."""
+    damaged = list(Cache(cache).damaged())
+    assert not damaged, damaged
+    entries = sum(1 for _ in Cache(cache).entries())
+    if not out.exists():
+        return f"no output, {entries} cache entries"
+    manifest = read_manifest(out)
+    assert manifest is not None, f"{out} has no manifest"
+    assert manifest["files"] == digests(out), f"{out} is not what its manifest says"
+    return f"whole output, {entries} cache entries"
+
+
+def main() -> None:
+    """Run all tries."""
+    model, tries = Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    options = sys.argv[3:] or ["--algorithm", "rtn"]
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory(prefix="olive-killed-") as folder:
+        out = Path(folder) / "out"
+        argv = ["quantize", "-m", str(model), *options, "-o", str(out)]
+        began = time.perf_counter()
+        assert start(argv, Path(folder) / "whole").wait() == 0
+        whole, expected = time.perf_counter() - began, digests(out)
+        print(f"an undisturbed run takes {whole:.1f} s")
+        for number in range(tries):
+            cache = Path(folder) / f"cache{number}"
+            if number % 2 == 0:
+                shutil.rmtree(out, ignore_errors=True)
+            delay = draw.uniform(0.1, 1.05) * whole
+            process = start(argv, cache)
+            try:
+                process.wait(timeout=delay)
+                ended = "ended by itself"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                ended = "killed"
+            print(f"{number + 1:>3}: {ended} after {delay:.1f} s: {check(out, cache)}", flush=True)
+            assert start(argv, cache).wait() == 0, "the next run failed"
+            check(out, cache)
+            assert digests(out) == expected, "the next run gave other bytes"
+            left = [p.name for p in Path(folder).iterdir() if p.name.startswith(".") and p.name.count("building")]
+            assert not left, left
+    print(f"{tries} tries, nothing broken")
+
+
+if __name__ == "__main__":
+    main()
