@@ -149,6 +149,54 @@ def test_verification_fails_with_its_own_code_and_keeps_the_previous_output(
     assert digests(out) == before
 
 
+def test_a_cached_model_can_be_verified_again(tmp_path: Path) -> None:
+    argv = ["auto-opt", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out")]
+    for level in ("full", "files"):
+        assert main([*argv, "--verify", level]) == 0
+    import onnx
+
+    onnx.checker.check_model(str(tmp_path / "out" / "model" / "model.onnx"))
+    onnx.load(tmp_path / "out" / "model" / "model.onnx")
+
+
+def test_the_manifest_names_no_places(tmp_path: Path) -> None:
+    argv = [
+        "finetune",
+        "-m",
+        str(LAB_MODEL),
+        "-o",
+        str(tmp_path / "ft"),
+        "--data_files",
+        str(TRAVEL),
+        "--max_steps",
+        "1",
+    ]
+    assert main([*argv, "--text_template", TEMPLATE, "--max_samples", "8"]) == 0
+    adapter = str(tmp_path / "ft" / "adapter")
+    base = str(tmp_path / "ft" / "model")
+    assert main(["auto-opt", "-m", base, "-a", adapter, "-o", str(tmp_path / "onnx"), *QUICK]) == 0
+    for file in (*tmp_path.glob("*/olive.json"), tmp_path / "ft" / "adapter" / "adapter_config.json"):
+        assert str(tmp_path) not in file.read_text(), file
+        assert str(TRAVEL.parent) not in file.read_text(), file
+
+
+def test_an_adapter_is_neither_lost_nor_trained_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--data_files", str(TRAVEL), "--text_template", TEMPLATE, "--max_steps", "1", "--max_samples", "8"]
+    assert main(["finetune", "-m", str(LAB_MODEL), "-o", str(tmp_path / "ft"), *argv]) == 0
+    tuned = ["-m", str(tmp_path / "ft"), "-o", str(tmp_path / "out")]
+    assert "has an adapter already" in refusal(capsys, ["finetune", *tuned, *argv])
+    assert "which quantize would lose" in refusal(capsys, ["quantize", *tuned])
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--data_files", str(TRAVEL), "--text_template", TEMPLATE, "--max_steps", "1", "--max_samples", "8"]
+    assert main(["finetune", "-m", str(LAB_MODEL), "-o", str(tmp_path / "ft"), *argv]) == 0
+    assert quantize(LAB_MODEL, tmp_path / "other") == 0
+    pair = ["-m", str(tmp_path / "other"), "-a", str(tmp_path / "ft" / "adapter"), "-o", str(tmp_path / "out")]
+    assert "another base" in refusal(capsys, ["auto-opt", *pair])
+    assert not (tmp_path / "out").exists()
+
+
 MODEL_AND_OUT = ["-m", str(LAB_MODEL), "-o", "out"]
 
 
@@ -173,7 +221,12 @@ MODEL_AND_OUT = ["-m", str(LAB_MODEL), "-o", "out"]
         ),
         (["finetune", *MODEL_AND_OUT], ["give data to train on"]),
         (["auto-opt", *MODEL_AND_OUT, "--adapter_path", "nowhere"], ["nowhere", "no adapter_config.json"]),
-        (["auto-opt", *MODEL_AND_OUT, "--device", "gpu"], ["CPUExecutionProvider does not run on device gpu"]),
+        (["auto-opt", *MODEL_AND_OUT, "--device", "gpu"], ["decoder does not build for CUDAExecutionProvider yet"]),
+        (
+            ["auto-opt", *MODEL_AND_OUT, "--provider", "CUDAExecutionProvider"],
+            ["CUDAExecutionProvider does not run on device cpu", "use CPUExecutionProvider"],
+        ),
+        (["finetune", *MODEL_AND_OUT, "--data_file", "x"], ["--data_file", "did you mean '--data_files'"]),
         (["generate", "-m", str(LAB_MODEL), "-p", "x"], ["is not an ONNX model", "auto-opt"]),
         (["run", "nothing.yaml"], ["nothing.yaml: no such file"]),
         (["run"], ["give a workflow file"]),

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from olive.errors import ConfigError, PassError
-from olive.model import sha256
+from olive.model import digests, files, read_manifest, sha256
 
 LINK_ABOVE = 1 << 20
 """Files of at least this many bytes are shared with an output by hard link, smaller ones are copied."""
+NEVER_LINKED = (".onnx.data",)
+"""onnx refuses to read external data that has several hard links."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,11 @@ def default_root() -> Path:
 
 
 def lay(source: Path, target: Path) -> None:
-    """Lay out all files of ``source`` under ``target``, sharing the bytes of large ones where that is safe."""
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(path, place)
+    """Lay out the files of ``source``, its manifest aside, under ``target``; large ones share bytes where that is safe."""
+    for name in files(source):
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(source / name, place)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -158,7 +159,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     if _reflink(source, target):
         return
     stat = source.stat()
-    if stat.st_size >= LINK_ABOVE and not stat.st_mode & 0o222:
+    large = stat.st_size >= LINK_ABOVE and not source.name.endswith(NEVER_LINKED)
+    if large and not stat.st_mode & 0o222:
         try:
             target.hardlink_to(source.resolve())
             return
@@ -187,8 +189,6 @@ def _reflink(source: Path, target: Path) -> bool:
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
     """Refuse to replace a folder that is not ours, or that was changed since, unless told to."""
-    from olive.model import digests, read_manifest
-
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir():

@@ -24,9 +24,10 @@ C = TypeVar("C", bound=Config)
 
 
 def parse(cls: type[C], data: Any, where: str) -> C:
-    """Validate ``data`` as ``cls``; all mistakes are reported at once, each with its place (``passes.0.bits: ...``)."""
+    """Validate ``data`` as ``cls``; all mistakes are reported at once, each with its place: ``where`` and the field's
+    path (``passes.0.`` and ``bits``)."""
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected a mapping of options, got {data!r}")
+        raise ConfigError(f"{where.rstrip('. :')}: expected a mapping of options, got {data!r}")
     try:
         return cls.model_validate(data)
     except ValidationError as error:
@@ -35,7 +36,7 @@ def parse(cls: type[C], data: Any, where: str) -> C:
 
 
 def _say(cls: type[BaseModel], item: Any, where: str) -> str:
-    path = ".".join(str(part) for part in (where, *item["loc"]) if part != "")
+    path = (where + ".".join(str(part) for part in item["loc"])).rstrip(". :")
     if item["type"] == "extra_forbidden":
         owner = _owner(cls, item["loc"][:-1])
         return f"{path}: unknown option{did_you_mean(str(item['loc'][-1]), owner.model_fields)}"

@@ -18,7 +18,7 @@ from olive.model import FORMAT_VERSION, Model, digests, files, write_manifest
 from olive.passes.base import Context
 from olive.plan import Plan, Step, code_digest, step_digest, version
 from olive.report import Report, StepRecord
-from olive.workflow import as_data
+from olive.workflow import as_data, without_places
 
 Progress = Callable[[str, int, int], None]
 
@@ -84,7 +84,7 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
     """Check the result as far as the workflow asks; what passed once is remembered under its own key."""
     asked = plan.workflow.verify
     if asked.level == "none":
-        return {"level": "none"}
+        return {}
     key = step_digest(
         {
             "verify": asked.model_dump(),
@@ -121,9 +121,8 @@ def _manifest(plan: Plan, entry: Entry, report: Report) -> dict[str, Any]:
     """Describe the output: nothing in here depends on when or where the run took place."""
     record, facts = entry.record, entry.record["facts"]
     libraries = sorted({name for step in plan.steps for name in step.work.libraries})
-    workflow = as_data(plan.workflow)
+    workflow = without_places(as_data(plan.workflow)) | {"output_dir": plan.output.name}
     workflow["input_model"] |= {"path": plan.source_name()}
-    workflow["output_dir"] = plan.output.name
     return {
         "format": "olive",
         "format_version": FORMAT_VERSION,

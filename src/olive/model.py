@@ -42,6 +42,9 @@ def open_model(folder: Path, adapter: Path | None = None, *, trust_remote_code: 
     if not folder.is_dir():
         raise ConfigError(f"{folder}: is a file; give the model's folder")
     manifest = read_manifest(folder) or {}
+    above = read_manifest(folder.parent) or {}
+    if not manifest and above.get("kind") == "onnx" and above.get("model") == folder.name:
+        folder, manifest = folder.parent, above  # the model/ folder of an output stands for the output
     adapters = {name: folder / entry["path"] for name, entry in manifest.get("adapters", {}).items()}
     path = folder / manifest.get("model", ".")
     if adapter is not None:

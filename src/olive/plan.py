@@ -63,7 +63,7 @@ def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
     folder, revision = fetch(given.path, given.revision)
     adapter = Path(given.adapter_path).expanduser() if given.adapter_path else None
     source = models.open_model(folder, adapter, trust_remote_code=given.trust_remote_code)
-    _check_kinds(source.kind, workflow.passes)
+    _check_passes(source.kind, workflow)
     output = Path(workflow.output_dir).expanduser()
     _check_output(output, [folder, *([adapter] if adapter else [])])
     check_replaceable(output, overwrite)
@@ -79,8 +79,12 @@ def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
     return Plan(workflow, source, source_key, revision, tuple(steps), device, output)
 
 
-def _check_kinds(kind: str, passes: tuple[Pass, ...]) -> None:
-    for i, step in enumerate(passes):
+def _check_passes(kind: str, workflow: Workflow) -> None:
+    provider = workflow.target.execution_provider()
+    for i, step in enumerate(workflow.passes):
+        if step.targets and provider not in step.targets:
+            built = ", ".join(step.targets)
+            raise ConfigError(f"passes.{i}: {pass_name(step)} does not build for {provider} yet; it builds for {built}")
         if kind not in step.accepts:
             raise ConfigError(
                 f"passes.{i}: {pass_name(step)} works on {' or '.join(step.accepts)} models, but gets {kind}"
@@ -119,7 +123,7 @@ def step_key(step: Pass, input_key: str, workflow: Workflow, device: str) -> str
             "options": step.model_dump(mode="json"),
             "seed": workflow.seed,
             "device": device,
-            "target": workflow.target.model_dump() if step.uses_target else None,
+            "target": workflow.target.execution_provider() if step.targets else None,
             "trust_remote_code": workflow.input_model.trust_remote_code,
             "data": _data_digests(step),
             "code": {name: code_digest(name) for name in step.sources},

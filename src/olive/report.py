@@ -51,7 +51,7 @@ class Report:
                     value = step.facts[name]
                     yield f"{'':<12} {name}: {value:.4f}" if isinstance(value, float) else f"{'':<12} {name}: {value}"
         yield f"{'size':<12} {self.source_bytes / 1e6:.1f} MB -> {self.output_bytes / 1e6:.1f} MB"
-        yield from _figures("verified", self.verification)
+        yield from _figures("verified", self.verification or {"level": "none: not verified"})
         yield f"{'output':<12} {self.output}"
 
 

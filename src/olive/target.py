@@ -21,14 +21,19 @@ class Target(Config):
 
     device: Literal["cpu", "gpu"] = "cpu"
     """Device that the model will run on."""
-    provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = "CPUExecutionProvider"
-    """ONNX Runtime execution provider that the model will run on."""
+    provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] | None = None
+    """ONNX Runtime execution provider that the model will run on; by default the device's first."""
 
     @model_validator(mode="after")
     def _fits(self) -> Target:
-        if self.provider not in PROVIDERS[self.device]:
-            raise ValueError(f"provider {self.provider} does not run on device {self.device}")
+        allowed = PROVIDERS[self.device]
+        if self.provider is not None and self.provider not in allowed:
+            raise ValueError(f"provider {self.provider} does not run on device {self.device}; use {', '.join(allowed)}")
         return self
+
+    def execution_provider(self) -> str:
+        """Return the provider, the device's first if none was named."""
+        return self.provider or PROVIDERS[self.device][0]
 
 
 def compute_device(asked: str) -> str:

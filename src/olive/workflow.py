@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny
@@ -65,7 +66,7 @@ def read_workflow(data: Any, where: str = "workflow") -> Workflow:
     data = dict(data)
     named = {str(k): v for k, v in (data.pop("data", None) or {}).items()}
     for name, spec in named.items():
-        parse(DataSpec, spec, f"{where}: data.{name}")
+        parse(DataSpec, spec, f"{where}: data.{name}.")
     steps = data.pop("passes", None)
     if not isinstance(steps, list) or not steps:
         raise ConfigError(f"{where}: passes: expected a list of passes, each with a type")
@@ -74,7 +75,7 @@ def read_workflow(data: Any, where: str = "workflow") -> Workflow:
     if unknown:
         allowed = [*Workflow.model_fields, "data"]
         raise ConfigError(f"{where}: {unknown[0]}: unknown option{did_you_mean(str(unknown[0]), allowed)}")
-    return parse(Workflow, data | {"passes": found}, where)
+    return parse(Workflow, data | {"passes": found}, f"{where}: ")
 
 
 def _read_pass(step: Any, named: Mapping[str, Any], where: str) -> Pass:
@@ -87,7 +88,7 @@ def _read_pass(step: Any, named: Mapping[str, Any], where: str) -> Pass:
             if value not in named:
                 raise ConfigError(f"{where}.data: no data set is called {value!r}{did_you_mean(value, named)}")
             options[name] = named[value]
-    return parse(kind, options, where)
+    return parse(kind, options, f"{where}.")
 
 
 def as_data(workflow: Workflow) -> dict[str, Any]:
@@ -96,6 +97,17 @@ def as_data(workflow: Workflow) -> dict[str, Any]:
     data["passes"] = [
         {"type": pass_name(step), **step.model_dump(mode="json", exclude_none=True)} for step in workflow.passes
     ]
+    return data
+
+
+def without_places(data: dict[str, Any]) -> dict[str, Any]:
+    """Reduce the folders of files and adapters to their names: where they lie is this machine's business."""
+    data = data | {"input_model": dict(data["input_model"]), "passes": [dict(step) for step in data["passes"]]}
+    if "adapter_path" in data["input_model"]:
+        data["input_model"]["adapter_path"] = Path(data["input_model"]["adapter_path"]).name
+    for step in data["passes"]:
+        if "data" in step:
+            step["data"] = step["data"] | {"files": [Path(file).name for file in step["data"].get("files", ())]}
     return data
 
 

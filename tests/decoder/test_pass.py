@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import tiny
-from olive.errors import ConfigError
 from olive.model import Model
 from olive.passes.base import Context
 from olive.passes.decoder import Decoder
@@ -44,10 +42,3 @@ def test_model_with_an_adapter(tmp_path: Path) -> None:
     assert facts["adapters"]["travel"]["rank"] == 4
     assert facts["progress"] == ("layers", 16, 16)
     assert Generator(made.path, made.adapters).generate("hi", adapter="travel", max_new_tokens=2).tokens
-
-
-def test_another_target_is_refused(tmp_path: Path) -> None:
-    tiny.checkpoint(tmp_path / "hf", "llama")
-    target = Target(device="gpu", provider="CUDAExecutionProvider")
-    with pytest.raises(ConfigError, match="target gpu with CUDAExecutionProvider is not built yet"):
-        Decoder().run(Model("hf", tmp_path / "hf"), context(tmp_path, {}, target))

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from typing import Any
 
 from olive import __version__
@@ -91,6 +92,7 @@ def _configure_logging(level: int) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 def _refuse_namesake() -> None:

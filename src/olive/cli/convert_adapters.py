@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from olive.cli.options import Parser
 from olive.cli.run import add_log_level
 from olive.errors import ConfigError
-from olive.model import open_model
+from olive.model import open_model, read_manifest
 
 
 def parser(prog: str) -> Parser:
@@ -37,6 +38,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"{out}: exists; give another name or --overwrite")
     from olive.decoder.lora import convert
 
+    if read_manifest(out.parent) or read_manifest(out.parent.parent):
+        print(f"note: {out.parent} is an output of olive; it counts as changed with this file in it", file=sys.stderr)
     out.parent.mkdir(parents=True, exist_ok=True)
     shapes = convert(Path(args.adapter_path), model.path, out)
     print(f"{out}: {len(shapes)} tensors, {out.stat().st_size / 1e6:.2f} MB")

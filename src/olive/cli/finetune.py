@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 
 from olive.cli.options import Parser, add_data, add_fields, add_model, given, read_data, read_model
 from olive.cli.run import add_flow, execute
@@ -31,12 +32,26 @@ def parser(prog: str) -> Parser:
 
 def main(args: argparse.Namespace) -> int:
     """Run the training pass."""
+    training = _training(args.more)
+    _refuse_misspelt(training)
     data = read_data(args)
     if data is None:
         raise ConfigError("olive finetune: give data to train on, for example --data_files rows.jsonl --data_name json")
-    step = {"type": args.method, "data": data, "training": _training(args.more), **given(args, OPTIONS)}
+    step = {"type": args.method, "data": data, "training": training, **given(args, OPTIONS)}
     workflow = {"input_model": read_model(args, "olive finetune"), "passes": [step]}
     return execute(workflow | given(args, {"output_dir": "output_path"}), args)
+
+
+def _refuse_misspelt(training: dict[str, str]) -> None:
+    """A flag that is nearly one of ours and none of TrainingArguments' was meant for us."""
+    own = [flag[2:] for flag in parser("olive finetune").flags() if flag.startswith("--")]
+    for name in training:
+        near = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+        if near:
+            from transformers import TrainingArguments
+
+            if name not in TrainingArguments.__dataclass_fields__:
+                raise ConfigError(f"olive finetune: unknown option --{name}; did you mean '--{near[0]}'?")
 
 
 def _training(words: list[str]) -> dict[str, str]:

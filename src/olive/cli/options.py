@@ -56,15 +56,23 @@ def _nearest(flag: str, flags: list[str]) -> str:
     return hint if "did you mean" in hint else "; --help lists the options"
 
 
-def add_fields(parser: Parser, config: type[Config], names: Mapping[str, str] | Sequence[str]) -> None:
-    """Add a flag for each named field of ``config``; a mapping gives flags other names than their fields."""
+def add_fields(
+    parser: Parser,
+    config: type[Config],
+    names: Mapping[str, str] | Sequence[str],
+    *,
+    without_default: Sequence[str] = (),
+) -> None:
+    """Add a flag for each named field of ``config``; a mapping gives flags other names than their fields. Defaults
+    are told, but for the fields in ``without_default`` (they vary among the classes that share the field)."""
     flags = names if isinstance(names, Mapping) else {name: name for name in names}
     for name, flag in flags.items():
         field = config.model_fields[name]
         text = re.sub(r"\s+", " ", field.description or "").replace("%", "%%")
-        if field.default not in (None, "", ()) and not field.is_required() and not isinstance(field.default, Config):
+        told = isinstance(field.default, (str, int, float)) and field.default not in ("", False)
+        if told and name not in without_default:
             text += f" Default: {field.default}."
-        spelled = [f"--{flag}", *SHORT.get(flag, ())]
+        spelled = [*SHORT.get(flag, ()), f"--{flag}"]
         kind = _plain(field.annotation)
         if kind is bool:
             action: Any = argparse.BooleanOptionalAction if field.default else "store_true"

@@ -29,7 +29,7 @@ def parser(prog: str) -> Parser:
     own.add_argument(
         "--precision", choices=["int4", "int8"], help="Bits that are written. Default: the algorithm's (int4)."
     )
-    add_fields(own, Quantizer, OPTIONS)
+    add_fields(own, Quantizer, OPTIONS, without_default=("format",))
     way = own.add_mutually_exclusive_group()
     text = Quantizer.model_fields["symmetric"].description
     way.add_argument("--symmetric", action="store_true", help=text)

@@ -145,9 +145,9 @@ def _progress() -> Iterator[Any]:
     if not sys.stderr.isatty():
         seen: set[str] = set()
 
-        def say(what: str, done: int, total: int) -> None:
+        def say(what: str, *_: int) -> None:
             if what not in seen:
-                logging.getLogger("olive").info("%s: %d of %d", what, done, total)
+                logging.getLogger("olive").info("%s ...", what)
                 seen.add(what)
 
         yield say

@@ -32,7 +32,7 @@ class DataSpec(Config):
     use_chat_template: bool = False
     """Render the "messages" of each row with the tokenizer's chat template."""
     max_samples: int | None = Field(None, ge=1)
-    """Use at most this many rows (training) or windows (calibration); none: all."""
+    """Use at most this many rows (training, by default all) or windows of text (calibration, by default 128)."""
     max_seq_len: int = Field(512, ge=2)
     """Longest sample, in tokens."""
 

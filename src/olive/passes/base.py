@@ -43,8 +43,8 @@ class Pass(Config):
     produces: ClassVar[str] = ""
     sources: ClassVar[tuple[str, ...]] = ()
     libraries: ClassVar[tuple[str, ...]] = ()
-    uses_target: ClassVar[bool] = False
-    """The result depends on the target, which then is part of the key."""
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Execution providers that the pass builds for; the target is then part of the key. Empty: it does not matter."""
     changes_model: ClassVar[bool] = True
     """The base model itself changes, so that it has to be compared with its source."""
 
@@ -54,7 +54,7 @@ class Pass(Config):
         produces: str = "",
         sources: tuple[str, ...] = (),
         libraries: tuple[str, ...] = (),
-        uses_target: bool | None = None,
+        targets: tuple[str, ...] = (),
         changes_model: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -63,7 +63,7 @@ class Pass(Config):
         cls.produces = produces or cls.produces
         cls.sources = (*cls.sources, *sources)
         cls.libraries = (*cls.libraries, *libraries)
-        cls.uses_target = cls.uses_target if uses_target is None else uses_target
+        cls.targets = targets or cls.targets
         cls.changes_model = cls.changes_model if changes_model is None else changes_model
 
     def run(self, model: Model, ctx: Context) -> Model:

@@ -25,7 +25,7 @@ class Decoder(
         "olive.runtime.adapters",
     ),
     libraries=("onnx-ir", "onnxruntime", "onnxruntime-genai", "torch"),
-    uses_target=True,
+    targets=("CPUExecutionProvider",),
 ):
     """Build the graph of a decoder language model from its config and weights, with adapters as optional inputs.
 
@@ -53,9 +53,6 @@ class Decoder(
         from olive.decoder.options import Options
         from olive.quant.formats.checkpoint import Checkpoint
 
-        if ctx.target.device != "cpu" or ctx.target.provider != "CPUExecutionProvider":
-            raise ConfigError(f"decoder: target {ctx.target.device} with {ctx.target.provider} is not built yet; "
-                              "use device cpu with CPUExecutionProvider")  # fmt: skip
         checkpoint, out = Checkpoint(model.path), ctx.out / "model"
         if checkpoint.config.get("model_type") not in FAMILIES:
             if model.adapters:

@@ -28,7 +28,7 @@ class Quantizer(
     symmetric: bool = False
     """Centre the codes on zero instead of fitting a zero point per group."""
     format: Literal["awq", "gptq"] = "gptq"
-    """Layout of the checkpoint: awq (AWQ GEMM, 4 bits only) or gptq."""
+    """Layout of the checkpoint: awq (AWQ GEMM, 4 bits only) or gptq. Each algorithm has its own default."""
     exclude: tuple[str, ...] = ()
     """Linear layers to leave float, as patterns over their names, for example *.down_proj."""
 
