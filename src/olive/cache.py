@@ -146,7 +146,7 @@ def default_root() -> Path:
 
 
 def lay(source: Path, target: Path) -> None:
-    """Lay out the files of ``source``, its manifest aside, under ``target``; large ones share bytes where that is safe."""
+    """Lay out the files of ``source``, its manifest aside; large ones share their bytes where that is safe."""
     for name in files(source):
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)

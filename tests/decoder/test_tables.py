@@ -28,8 +28,8 @@ def test_rounded_tables(embeddings: Any, head: Any, symmetric: bool, tied: bool,
     model = tiny.checkpoint(tmp_path / "hf", "qwen3", tie_word_embeddings=tied, head_dim=16)
     options = Options(embeddings=embeddings, lm_head=head, symmetric=symmetric, accuracy_level=0)
     facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", options)
-    assert facts["bits"]["model.embed_tokens"] == BITS.get(embeddings, 32)
-    assert facts["bits"]["lm_head"] == BITS.get(head, 32)
+    assert facts["bits"]["model.embed_tokens"] == BITS.get(embeddings, "float")
+    assert facts["bits"]["lm_head"] == BITS.get(head, "float")
     for module, asked in ((model.get_input_embeddings(), embeddings), (model.lm_head, head)):
         weight = module.weight.detach()
         if asked in BITS:
@@ -55,7 +55,7 @@ def test_a_tied_table_is_in_the_file_once(table: Any, size: float, tmp_path: Pat
     assert len(tables) == 1
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("fp32", 32), ("int4", 8), ("int8", 8)])
+@pytest.mark.parametrize(("precision", "bits"), [("fp32", "float"), ("int4", 8), ("int8", 8)])
 def test_auto_follows_the_layers(precision: Any, bits: int, tmp_path: Path) -> None:
     tiny.checkpoint(tmp_path / "hf", "llama")
     facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options(precision))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from olive.errors import ConfigError
 from olive.quant.affine import QuantizedWeight, round_to_nearest
@@ -113,6 +114,20 @@ def test_shards_are_split_and_indexed(tmp_path: Path) -> None:
     found = Shards(files)
     assert sorted(found) == sorted(tensors)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    by_library = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert all(torch.equal(by_library[name], tensor) for name, tensor in tensors.items())
+
+
+def test_more_tensors_than_expected_begin_another_file(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, tensors=2)
+    tensors = {f"t{i}": torch.full((3,), i, dtype=torch.bfloat16) for i in range(5)}
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 2
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("keep", [3, 60, -5])
@@ -142,3 +157,15 @@ def test_an_unknown_quantization_method_is_named(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"gptq"', '"hqqq"'))
     with pytest.raises(ConfigError, match="hqqq"):
         Checkpoint(tmp_path / "out")
+
+
+def test_asking_for_a_name_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ShardWriter(tmp_path)
+    writer.add("t", torch.zeros(4))
+    writer.add("empty", torch.zeros(0, 3))
+    writer.close()
+    shards = Shards([tmp_path / "model.safetensors"])
+    assert shards["empty"].shape == (0, 3)
+    monkeypatch.setattr(Shards, "__getitem__", None)
+    assert "t" in shards
+    assert "u" not in shards

@@ -134,10 +134,10 @@ def _compare_tokenizers(out: Path) -> list[str]:
     from tokenizers import Tokenizer
 
     try:
-        theirs = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(out)))
+        theirs = onnxruntime_genai.Tokenizer(str(out))
     except RuntimeError as error:
-        log.warning("%s: GenAI cannot load the folder: %s", out, error)
-        return [f"GenAI cannot load the folder: {error}"]
+        log.warning("%s: GenAI cannot load the tokenizer: %s", out, error)
+        return [f"GenAI cannot load the tokenizer: {error}"]
     ours = Tokenizer.from_file(str(out / "tokenizer.json"))
     for text in PROBES:
         expected = ours.encode(text, add_special_tokens=False).ids

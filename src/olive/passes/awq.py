@@ -44,11 +44,13 @@ class Awq(
         ids = windows(spec, load_tokenizer(model.path, model.trust_remote_code))
         ctx.note(calibration_rows=len(ids), calibration_tokens=ids.numel())
         on_gpu = ctx.compute_device == "cuda"
+        if on_gpu:  # bfloat16 inputs are exact in TF32; the searches compare sums of thousands of products
+            torch.set_float32_matmul_precision("high")
         dtype = torch.bfloat16 if on_gpu else torch.float32
         layered = LayeredModel(source, meta, dtype=dtype, device=ctx.compute_device)
         probe = layered.start(ids[:1, :16], 1)[0]
         batches = layered.start(ids, max(1, (16384 if on_gpu else 2048) // ids.shape[1]))
-        writer = CheckpointWriter(model.path, ctx.out)
+        writer = CheckpointWriter(model.path, ctx.out, 4 * len(source.float_names))
         stored = source.dtype()
         errors: dict[str, float] = {}
         for index, name, block in layered.layers():

@@ -29,8 +29,8 @@ class Dequantize(
             raise ConfigError(
                 f"{model.path.name}: has an adapter, which dequantize would lose; give the base model alone"
             )
-        writer = CheckpointWriter(model.path, ctx.out)
         names = [*source.float_names, *(f"{module}.weight" for module in source.quantized)]
+        writer = CheckpointWriter(model.path, ctx.out, len(names))
         for done, name in enumerate(names):
             tensor = source.weight(name)
             writer.tensor(name, tensor.to(torch.float32) if tensor.is_floating_point() else tensor)

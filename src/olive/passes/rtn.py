@@ -19,7 +19,7 @@ class Rtn(Quantizer, sources=("olive.passes.rtn",)):
         source, meta = float_source(model)
         shapes = {name: (m.out_features, m.in_features) for name, m in decoder_linears(meta).items()}
         groups = self.groups(shapes, ctx)
-        writer = CheckpointWriter(model.path, ctx.out)
+        writer = CheckpointWriter(model.path, ctx.out, 4 * len(source.float_names))
         for done, name in enumerate(source.float_names):
             module = name.removesuffix(".weight")
             weight, group = source.weight(name), groups.get(module)

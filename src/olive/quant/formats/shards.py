@@ -9,7 +9,9 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from io import BufferedWriter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 
 
@@ -36,9 +39,9 @@ class Shards(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         path, dtype, shape, offset, size = self._where[name]
-        buffer = bytearray(size)
+        tensor = torch.empty(size, dtype=torch.uint8)  # not a bytearray, whose bytes would be zeroed first
         with path.open("rb", buffering=0) as file:
-            view, done = memoryview(buffer), 0
+            view, done = memoryview(tensor.numpy().data), 0
             while done < size:
                 got = os.preadv(file.fileno(), [view[done : done + (1 << 26)]], offset + done)
                 if got == 0:
@@ -46,9 +49,10 @@ class Shards(Mapping[str, Tensor]):
                 done += got
             if size > 1 << 20:  # weights are read once; leave the page cache to others
                 os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
-        if size == 0:
-            return torch.empty(shape, dtype=DTYPES[dtype])
-        return torch.frombuffer(buffer, dtype=DTYPES[dtype]).view(shape)
+        return tensor.view(DTYPES[dtype]).view(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # Mapping's own way would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -106,37 +110,57 @@ def find(folder: Path) -> list[Path]:
 
 
 class ShardWriter:
-    """Write tensors to a folder as one or several safetensors files; at most one shard is held in memory."""
+    """Write tensors to a folder as one or several safetensors files, each tensor straight to disk.
 
-    def __init__(self, folder: Path, max_bytes: int = 1 << 30) -> None:
+    A file begins with a header that names all its tensors. Room for it is kept while they are written; what is left of
+    it is filled with spaces, as the format allows.
+    """
+
+    ENTRY = 192
+    """Bytes of header per tensor: its name, type, shape and place as JSON."""
+
+    def __init__(self, folder: Path, tensors: int = 100, max_bytes: int = 4 << 30) -> None:
+        """``tensors``: about how many will come; where more do, further files are begun."""
         self.folder, self.max_bytes = folder, max_bytes
-        self._held: dict[str, Tensor] = {}
-        self._held_bytes = 0
+        self._room = self.ENTRY * (tensors + 2)
+        self._file: BufferedWriter | None = None
+        self._header: dict[str, Any] = {}
+        self._bytes = self._total = 0
         self._shards: list[list[str]] = []
-        self._total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; flush a shard when it is full."""
-        size = tensor.numel() * tensor.element_size()
-        if self._held and self._held_bytes + size > self.max_bytes:
-            self._flush()
-        self._held[name] = tensor.detach().to("cpu").contiguous()
-        self._held_bytes += size
-        self._total += size
+        """Write one tensor; begin a new file where this one is full."""
+        raw = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+        full = self._bytes + raw.nbytes > self.max_bytes or self.ENTRY * (len(self._header) + 2) > self._room
+        if self._header and full:
+            self._finish()
+        if self._file is None:
+            self._file = self._part(len(self._shards)).open("wb")
+            self._file.seek(8 + self._room)
+        place = [self._bytes, self._bytes + raw.nbytes]
+        self._header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        if len(json.dumps(self._header[name])) + len(name) + 8 > self.ENTRY:
+            raise ValueError(f"{name}: too long a name for the header")
+        self._file.write(raw.data)
+        self._bytes = place[1]
 
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        save_file(self._held, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._held))
-        self._held, self._held_bytes = {}, 0
+    def _finish(self) -> None:
+        """Write the header of the file at hand and close it."""
+        assert self._file is not None
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")).encode()
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._file.close()
+        self._shards.append(list(self._header))
+        self._total += self._bytes
+        self._file, self._header, self._bytes = None, {}, 0
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
 
     def close(self) -> None:
-        """Write what is held, give the files their final names and write the index if there are several."""
-        self._flush()
+        """Finish the last file, give the files their final names and write the index if there are several."""
+        self._finish()
         count = len(self._shards)
         if count == 1:
             self._part(0).rename(self.folder / "model.safetensors")

@@ -41,9 +41,10 @@ def choose_groups(
 class CheckpointWriter:
     """Collects tensors into ``out``; :meth:`close` adds config.json and the files that are not weights."""
 
-    def __init__(self, source: Path, out: Path) -> None:
+    def __init__(self, source: Path, out: Path, tensors: int = 100) -> None:
+        """``tensors``: about how many will be written."""
         self.source, self.out = source, out
-        self.shards = ShardWriter(out)
+        self.shards = ShardWriter(out, tensors)
 
     def tensor(self, name: str, tensor: Tensor) -> None:
         """Write a float tensor."""
