@@ -33,6 +33,7 @@ class Awq(
 
         from olive.data.samples import windows
         from olive.quant.awq import quantize_layer
+        from olive.quant.formats.checkpoint import longest
         from olive.quant.formats.writer import CheckpointWriter
         from olive.runtime.layers import LayeredModel, decoder_linears
         from olive.runtime.torch_model import load_tokenizer
@@ -40,7 +41,11 @@ class Awq(
         source, meta = float_source(model)
         shapes = {name: (m.out_features, m.in_features) for name, m in decoder_linears(meta).items()}
         groups = self.groups(shapes, ctx)
-        spec = self.data.model_copy(update={"max_samples": self.data.max_samples or CALIBRATION_WINDOWS})
+        limits = {
+            "max_samples": self.data.max_samples or CALIBRATION_WINDOWS,
+            "max_seq_len": min(self.data.max_seq_len, longest(source.config)),
+        }
+        spec = self.data.model_copy(update=limits)
         ids = windows(spec, load_tokenizer(model.path, model.trust_remote_code))
         ctx.note(calibration_rows=len(ids), calibration_tokens=ids.numel())
         on_gpu = ctx.compute_device == "cuda"

@@ -115,11 +115,12 @@ class LoadedTensors:
         return name in self._state
 
 
-def open_tensors(folder: Path, model: nn.Module, *, trust_remote_code: bool = False) -> Checkpoint | LoadedTensors:
+def open_tensors(folder: Path, model: Any, *, trust_remote_code: bool = False) -> Checkpoint | LoadedTensors:
     """Open a checkpoint for streaming; where its names are not those of the model's layers, load it whole."""
     if find(folder):
         checkpoint = Checkpoint(folder)
-        if all(f"{name}.weight" in checkpoint for name in decoder_linears(model)):
+        model.tie_weights()
+        if all(name in checkpoint for name, _ in model.named_parameters()):
             return checkpoint
     return LoadedTensors(folder, trust_remote_code=trust_remote_code)
 

@@ -16,6 +16,7 @@ from olive.data.samples import MASKED, Sample, collate, samples
 from olive.data.spec import DataSpec
 from olive.errors import ConfigError
 from olive.model import weights_digest
+from olive.quant.formats.checkpoint import longest, read_config
 from olive.runtime.torch_model import load, load_tokenizer
 from olive.train.arguments import training_arguments
 
@@ -55,7 +56,8 @@ def train(job: Job, adapter_dir: Path, progress: Callable[[str, int, int], None]
     )
     eos = base.generation_config.eos_token_id
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    kept, dropped = samples(job.data, tokenizer, ends)
+    length = min(job.data.max_seq_len, longest(read_config(job.base)))
+    kept, dropped = samples(job.data.model_copy(update={"max_seq_len": length}), tokenizer, ends)
     trained_on, held_back = hold_back(kept, job.seed, describe(job.data))
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 

@@ -88,6 +88,11 @@ class Checkpoint:
         return max(sizes, key=lambda d: sizes[d], default=torch.float32)
 
 
+def longest(config: dict[str, Any]) -> int:
+    """Return the most tokens that a model's positions allow, from its config."""
+    return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a checkpoint folder."""
     path = folder / "config.json"

@@ -1,0 +1,54 @@
+"""Architectures beyond our own builder: quantizers need no table of names, and GenAI's builder is the fallback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from olive.cli import main
+from olive.model import read_manifest
+from olive.quant.formats.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 16},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "granite": {},
+    "olmo2": {},
+}
+LINEARS = {"gemma2": 14, "gpt_neox": 8, "opt": 12, "granite": 14, "olmo2": 14}
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "awq"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_architecture_with_linear_layers_is_quantized(family: str, algorithm: str, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", family, **FAMILIES[family])
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and then it rests a while. " * 60)
+    data = ["-d", "text", "--data_files", str(text)] if algorithm == "awq" else []
+    argv = ["quantize", "-m", str(tmp_path / "hf"), "-o", str(tmp_path / "q"), "--algorithm", algorithm, *data]
+    assert main([*argv, "--group_size", "32", "--max_kl", "0.4"]) == 0
+    assert len(Checkpoint(tmp_path / "q").quantized) == LINEARS[family]
+    manifest = read_manifest(tmp_path / "q")
+    assert manifest is not None
+    assert manifest["verification"]["generates"] > 0
+    assert main(["dequantize", "-m", str(tmp_path / "q"), "-o", str(tmp_path / "f"), "--max_kl", "1e-5"]) == 0
+
+
+def test_an_unknown_family_is_built_by_genai_and_said_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.checkpoint(tmp_path / "hf", "granite")
+    argv = ["auto-opt", "-m", str(tmp_path / "hf"), "-o", str(tmp_path / "onnx"), "--max_kl", "0.01"]
+    assert main(argv) == 0
+    assert "using GenAI's model builder" in caplog.text
+    capsys.readouterr()
+    report = json.loads((tmp_path / "onnx.report.json").read_text())
+    assert report["steps"][0]["facts"]["engine"].startswith("genai")
+    assert report["verification"]["kl_divergence"] < 1e-6
