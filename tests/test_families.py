@@ -25,13 +25,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LINEARS = {"gemma2": 14, "gpt_neox": 8, "opt": 12, "granite": 14, "olmo2": 14}
 
 
-@pytest.mark.parametrize("algorithm", ["rtn", "awq"])
+@pytest.mark.parametrize("algorithm", ["rtn", "awq", "gptq"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_architecture_with_linear_layers_is_quantized(family: str, algorithm: str, tmp_path: Path) -> None:
     tiny.checkpoint(tmp_path / "hf", family, **FAMILIES[family])
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, and then it rests a while. " * 60)
-    data = ["-d", "text", "--data_files", str(text)] if algorithm == "awq" else []
+    data = ["-d", "text", "--data_files", str(text)] if algorithm != "rtn" else []
     argv = ["quantize", "-m", str(tmp_path / "hf"), "-o", str(tmp_path / "q"), "--algorithm", algorithm, *data]
     assert main([*argv, "--group_size", "32", "--max_kl", "0.4"]) == 0
     assert len(Checkpoint(tmp_path / "q").quantized) == LINEARS[family]

@@ -22,6 +22,7 @@ from places import LAB_MODEL, TEMPLATE, TRAVEL
 ROWS = {"name": "json", "files": [str(TRAVEL)], "text_template": TEMPLATE, "max_samples": 8, "max_seq_len": 48}
 OPTIONS: dict[str, dict] = {
     "awq": {"data": ROWS, "group_size": 64},
+    "gptq": {"data": ROWS, "group_size": 64, "bits": 8},
     "lora": {"data": ROWS, "rank": 2, "training": {"max_steps": 1, "per_device_train_batch_size": 2}},
 }
 """Options that make a pass quick on the lab's model; the others run with their defaults."""

@@ -10,7 +10,8 @@ from torch import nn
 
 import tiny
 from olive.quant import awq
-from olive.quant.affine import choose_qparams, quantize, round_to_nearest
+from olive.quant import layer as layers
+from olive.quant.affine import QuantizedWeight, choose_qparams, quantize, round_to_nearest
 from olive.quant.sites import find_sites
 
 
@@ -21,8 +22,8 @@ def inputs(k: int = 32, tokens: int = 200) -> torch.Tensor:
     return torch.randn(tokens, k, generator=generator) @ mix * torch.linspace(0.1, 4, k)
 
 
-def statistics(x: torch.Tensor) -> awq.InputStatistics:
-    found = awq.InputStatistics.empty(x.shape[-1], "cpu")
+def statistics(x: torch.Tensor) -> layers.InputStatistics:
+    found = layers.InputStatistics.empty(x.shape[-1], "cpu")
     for part in x.split(64):
         found.add(part)
     return found
@@ -31,7 +32,7 @@ def statistics(x: torch.Tensor) -> awq.InputStatistics:
 def test_gram_error_is_the_error_of_the_outputs() -> None:
     x = inputs()
     change = torch.randn(8, 32, generator=torch.Generator().manual_seed(4))
-    by_gram = awq.output_error(change, statistics(x).mean_gram())
+    by_gram = layers.output_error(change, statistics(x).mean_gram())
     by_running = (x @ change.t()).square().sum(-1).mean()
     assert by_gram.item() == pytest.approx(by_running.item(), rel=1e-4)  # float32 sums in another order
 
@@ -39,7 +40,7 @@ def test_gram_error_is_the_error_of_the_outputs() -> None:
 def test_scale_search_finds_what_running_the_layer_finds() -> None:
     x, w = inputs(), torch.randn(24, 32, generator=torch.Generator().manual_seed(5))
 
-    def rounded(weight: torch.Tensor) -> awq.QuantizedWeight:
+    def rounded(weight: torch.Tensor) -> QuantizedWeight:
         return round_to_nearest(weight, 4, 16, symmetric=False)
 
     def ran(scale: torch.Tensor) -> float:
@@ -67,7 +68,7 @@ def test_clipping_is_the_best_of_its_grid_for_every_group(symmetric: bool) -> No
             part = slice(16 * g, 16 * g + 16)
             row = w[n : n + 1, part]
 
-            def error(codes: awq.QuantizedWeight, row: torch.Tensor = row, part: slice = part) -> float:
+            def error(codes: QuantizedWeight, row: torch.Tensor = row, part: slice = part) -> float:
                 return ((codes.dequantize() - row) @ x[:, part].t()).square().mean().item()
 
             tried = []

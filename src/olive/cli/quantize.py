@@ -10,7 +10,7 @@ from olive.cli.options import given as given_flags
 from olive.cli.run import add_flow, execute
 from olive.errors import ConfigError
 
-ALGORITHMS = ("rtn", "awq")
+ALGORITHMS = ("rtn", "awq", "gptq")
 OPTIONS = ["group_size", "format", "exclude"]
 
 
@@ -24,7 +24,7 @@ def parser(prog: str) -> Parser:
         "--algorithm",
         choices=ALGORITHMS,
         default="rtn",
-        help="rtn: round to nearest, no data; awq: fitted to calibration data. Default: rtn.",
+        help="rtn: round to nearest, no data; awq, gptq: fitted to calibration data. Default: rtn.",
     )
     own.add_argument(
         "--precision", choices=["int4", "int8"], help="Bits that are written. Default: the algorithm's (int4)."

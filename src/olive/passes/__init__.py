@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 PASSES = {
     "rtn": "olive.passes.rtn:Rtn",
     "awq": "olive.passes.awq:Awq",
+    "gptq": "olive.passes.gptq:Gptq",
     "dequantize": "olive.passes.dequantize:Dequantize",
     "lora": "olive.passes.lora:Lora",
     "decoder": "olive.passes.decoder:Decoder",

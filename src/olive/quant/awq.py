@@ -8,60 +8,18 @@ change dW of a weight, the mean squared change of the output is tr(dW G dW^T), e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olive.quant.affine import QuantizedWeight, choose_qparams, quantize, round_to_nearest
-from olive.quant.sites import Site, find_sites
+from olive.quant.layer import InputStatistics, Layer, output_error
 
 SCALE_GRID = 20
 CLIP_GRID = 20
 CLIP_TO = 0.5
-
-
-@dataclass
-class InputStatistics:
-    """What the searches need to know about one input tensor."""
-
-    gram: Tensor
-    """float32 [K, K]: sum over tokens of x x^T."""
-    absolute: Tensor
-    """float32 [K]: sum over tokens of abs(x)."""
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, k: int, device: str | torch.device) -> InputStatistics:
-        """Start with no tokens."""
-        return cls(torch.zeros(k, k, device=device), torch.zeros(k, device=device))
-
-    def add(self, x: Tensor) -> None:
-        """Count the rows of ``x`` [..., K]."""
-        x = x.reshape(-1, x.shape[-1]).float()  # [B, T, K] -> [B * T, K]
-        self.gram.addmm_(x.t(), x)
-        self.absolute += x.abs().sum(0)
-        self.tokens += len(x)
-
-    def rescale(self, scale: Tensor) -> None:
-        """Account for channels divided by ``scale`` [K]."""
-        self.gram /= scale[:, None] * scale[None, :]
-        self.absolute /= scale
-
-    def mean_gram(self) -> Tensor:
-        """Return G = X^T X / T."""
-        return self.gram / max(self.tokens, 1)
-
-    def mean_absolute(self) -> Tensor:
-        """Return the mean of abs(x) per channel."""
-        return self.absolute / max(self.tokens, 1)
-
-
-def output_error(change: Tensor, gram: Tensor) -> Tensor:
-    """Mean squared output change of a weight change: tr(dW G dW^T) for dW [N, K], G [K, K]."""
-    return ((change @ gram) * change).sum()
 
 
 def search_scale(
@@ -119,69 +77,17 @@ def clip_and_round(weight: Tensor, gram: Tensor, bits: int, group_size: int, *, 
     return quantize(weight, scale, zero_point, bits, symmetric=symmetric)
 
 
-def quantize_layer(
-    block: nn.Module,
-    groups: Mapping[str, Any],
-    *,
-    symmetric: bool,
-    stored: torch.dtype,
-    probe: Callable[[], Tensor],
-    forward: Callable[[], None],
-    head_dim: int | None,
-) -> dict[str, tuple[QuantizedWeight, float]]:
-    """Quantize one decoder layer's linears; its other parameters are changed in place (float32) where scales fold.
-
-    ``groups`` gives bits and group size per linear (None: stays float), ``probe`` runs the layer on a small input,
-    ``forward`` on all calibration data. Returns codes and the relative output error (||dW x||^2 / ||W x||^2) by name.
-    """
-
-    def linear(name: str) -> Any:
-        return block.get_submodule(name)
-
-    sites = find_sites(block, probe, head_dim)
-    statistics = collect(block, sites, forward)
-    block.float()
-    for site in sites:
+def scale_inputs(layer: Layer, groups: Mapping[str, Any]) -> None:
+    """Scale every input that folds, for the linears that ``groups`` quantizes; the layer still computes the same."""
+    for site in layer.sites:
         read = [name for name in site.linears if groups.get(name)]
         if site.fold is None or not read:
             continue
         group = groups[read[0]]
         scale = search_scale(
-            [linear(name).weight.data for name in read],
-            statistics[site],
-            partial(round_to_nearest, bits=group.bits, group_size=group.group_size, symmetric=symmetric),
+            [layer.weight(name) for name in read],
+            layer.statistics[site],
+            partial(round_to_nearest, bits=group.bits, group_size=group.group_size, symmetric=layer.symmetric),
             site.fold.channel_scale,
         )
-        scale = site.fold.apply(block, scale, stored)
-        for name in site.linears:
-            linear(name).weight.data *= scale
-        statistics[site].rescale(scale)
-    results = {}
-    gram_of = {name: statistics[site].mean_gram() for site in sites for name in site.linears}
-    for name, group in groups.items():
-        if group is None:
-            continue
-        weight: Tensor = linear(name).weight.data
-        if name not in gram_of:  # never ran (an expert that no token reached): no data to go by
-            results[name] = (round_to_nearest(weight, group.bits, group.group_size, symmetric=symmetric), float("nan"))
-            continue
-        gram = gram_of[name]
-        chosen = clip_and_round(weight, gram, group.bits, group.group_size, symmetric=symmetric)
-        error = output_error(chosen.dequantize() - weight, gram) / output_error(weight, gram).clamp(min=1e-12)
-        results[name] = (chosen, float(error))
-    return results
-
-
-def collect(block: nn.Module, sites: list[Site], forward: Callable[[], None]) -> dict[Site, InputStatistics]:
-    """Run ``forward`` and gather the statistics of every site's input."""
-    statistics, hooks = {}, []
-    for site in sites:
-        linear: Any = block.get_submodule(site.linears[0])
-        statistics[site] = InputStatistics.empty(linear.in_features, linear.weight.device)
-        hooks.append(linear.register_forward_pre_hook(lambda _, args, seen=statistics[site]: seen.add(args[0])))
-    try:
-        forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return statistics
+        layer.scale(site, scale)

@@ -209,6 +209,11 @@ class LayeredModel:
         out = block(batch.hidden, **batch.arguments[index])
         return out[0] if isinstance(out, tuple) else out
 
+    def run_through(self, index: int, block: nn.Module, batches: list[Batch]) -> None:
+        """Run one layer on all batches, for those who watch; the batches stay as they are."""
+        for batch in batches:
+            self.apply(index, block, batch)
+
     def advance(self, index: int, block: nn.Module, batches: list[Batch]) -> None:
         """Run one layer on all batches: their hidden states become its output."""
         for batch in batches:

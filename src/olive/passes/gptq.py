@@ -1,0 +1,29 @@
+"""GPTQ quantization of a checkpoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from olive.passes.calibrated import Calibrated
+
+if TYPE_CHECKING:
+    from olive.quant.layer import Layer, Results
+
+
+class Gptq(Calibrated, sources=("olive.passes.gptq", "olive.quant.gptq", "olive.quant.awq")):
+    """Round column by column, each error made up for by the columns that follow and each layer for those before it
+    (GPTQ, arXiv 2210.17323, 2022), with ranges clipped where that lowers the output error."""
+
+    damping: float = Field(0.01, gt=0)
+    """Share of the mean input energy that is added to every channel's, for stability."""
+
+    sequential: ClassVar[bool] = True
+
+    def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
+        """Choose ranges, then codes."""
+        from olive.quant.gptq import with_ranges
+
+        return layer.round(groups, partial(with_ranges, damping=self.damping))
