@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -348,12 +350,62 @@ def test_outputs_that_cannot_be_written_are_refused_first(tmp_path: Path, capsys
     file.write_text("x")
     argv = ["quantize", "-m", str(LAB_MODEL), *QUICK, "-o"]
     assert "is a file" in refusal(capsys, [*argv, str(file)])
-    assert "is a file" in refusal(capsys, [*argv, str(file / "below")])
+    assert "Not a directory" in refusal(capsys, [*argv, str(file / "below")])
     source = copy(tmp_path)
     for place in (source, source / "below", tmp_path):
         argv = ["quantize", "-m", str(source), "--overwrite", *QUICK, "-o", str(place)]
         assert "must not hold, or lie in, the input" in refusal(capsys, argv)
     assert digests(source) == digests(LAB_MODEL)
+
+
+def test_an_edited_output_is_not_served_from_the_cache(tmp_path: Path) -> None:
+    assert quantize(LAB_MODEL, tmp_path / "one") == 0
+    good = digests(tmp_path / "one")
+    weights = tmp_path / "one" / "model.safetensors"
+    weights.chmod(0o644)
+    with weights.open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(bytes(100))
+    assert quantize(LAB_MODEL, tmp_path / "two") == 0
+    assert digests(tmp_path / "two") == good
+
+
+def test_processes_that_write_one_output_take_turns(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    argv = [sys.executable, "-m", "olive", "quantize", "-m", str(LAB_MODEL), "-o", str(out), "--verify", "none"]
+    assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
+    running = [subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(6)]
+    assert [process.communicate()[1] for process in running] == [b""] * 6
+    assert [process.returncode for process in running] == [0] * 6
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest["files"] == digests(out)
+
+
+def test_a_linked_output_keeps_its_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert quantize(LAB_MODEL, tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert read_manifest(tmp_path / "real") is not None
+
+
+def test_nothing_of_the_users_lies_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["quantize", "-m", str(LAB_MODEL), *QUICK, "-o"]
+    (tmp_path / "out.report.json").write_text("mine")
+    assert "in the way of the report" in refusal(capsys, [*argv, str(tmp_path / "out")])
+    assert "would be lost" in refusal(capsys, [*argv, str(Path.home()), "--overwrite"])
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "book.txt").write_text("a book " * 100)
+    data = ["--algorithm", "awq", "--data_files", str(work / "book.txt"), "--overwrite"]
+    assert "would be lost" in refusal(capsys, [*argv, str(work), *data])
+    assert (work / "book.txt").exists()
+    monkeypatch.setenv("OLIVE_CACHE_DIR", "/proc/nowhere")
+    assert "set OLIVE_CACHE_DIR" in refusal(capsys, [*argv, str(tmp_path / "other")])
+    assert "/proc/out: cannot be written" in refusal(capsys, [*argv, "/proc/out"])
 
 
 def test_a_full_disk_leaves_nothing_behind(

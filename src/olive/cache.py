@@ -7,10 +7,12 @@ It is built aside and renamed into place, so that it is whole or not there. Fail
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,16 @@ class Cache:
             return None
         except (OSError, ValueError) as error:
             raise PassError(f"{folder}: broken cache entry ({error}); delete this folder and run again") from None
-        return Entry(key, folder / "files", record)
+        entry = Entry(key, folder / "files", record)
+        if self._changed(entry):  # an edit through a shared file, or a failing disk: make it again
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return entry
+
+    def _changed(self, entry: Entry) -> list[str]:
+        """List the files that are no longer what the step wrote, by the digests remembered for unchanged files."""
+        paths = {entry.files / name: digest for name, digest in entry.record.get("files", {}).items()}
+        return [str(path) for path, digest in paths.items() if not path.is_file() or self.digest(path) != digest]
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
@@ -68,7 +79,7 @@ class Cache:
     @contextmanager
     def stage(self, key: str) -> Iterator[Path]:
         """Yield an empty folder to build an entry in; what :meth:`put` did not take is removed."""
-        self._sweep()
+        sweep(self.root / "building", "*.*")
         folder = self.root / "building" / f"{key[:16]}.{os.getpid()}"
         with suppress(FileNotFoundError):
             shutil.rmtree(folder)
@@ -77,13 +88,6 @@ class Cache:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _sweep(self) -> None:
-        """Remove what killed processes left behind."""
-        for folder in (self.root / "building").glob("*.*"):
-            pid = int(folder.suffix[1:]) if folder.suffix[1:].isdigit() else 0
-            if pid and not _alive(pid):
-                shutil.rmtree(folder, ignore_errors=True)
 
     def put(self, key: str, staged: Path, record: dict[str, Any]) -> Entry:
         """Store a staged entry: its files become read-only, and it appears at once."""
@@ -103,21 +107,6 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
-
-    def entries(self) -> Iterator[Entry]:
-        """Yield every finished step."""
-        for path in sorted((self.root / "entries").glob("*/*/step.json")):
-            entry = self.get(path.parent.name)
-            if entry is not None:
-                yield entry
-
-    def damaged(self) -> Iterator[str]:
-        """Yield the files whose contents are no longer what their step wrote."""
-        for entry in self.entries():
-            for name, digest in entry.record.get("files", {}).items():
-                path = entry.files / name
-                if not path.is_file() or sha256(path) != digest:
-                    yield str(path)
 
     def digest(self, path: Path) -> str:
         """Digest a file; one seen before, unchanged in inode, size and time, is not read again."""
@@ -165,8 +154,8 @@ def link_or_copy(source: Path, target: Path) -> None:
             target.hardlink_to(source.resolve())
             return
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
-                raise
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # else: another disk, or a file system without links
     shutil.copyfile(source, target)
 
 
@@ -187,7 +176,7 @@ def _reflink(source: Path, target: Path) -> bool:
         return False
 
 
-def check_replaceable(output: Path, overwrite: bool) -> None:
+def check_replaceable(output: Path, overwrite: bool, digest: Callable[[Path], str] = sha256) -> None:
     """Refuse to replace a folder that is not ours, or that was changed since, unless told to."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -198,7 +187,7 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
     manifest = read_manifest(output)
     if manifest is None:
         raise ConfigError(f"{output}: already holds something else; choose another folder or give --overwrite")
-    changed = sorted(set(digests(output).items()) ^ set(manifest.get("files", {}).items()))
+    changed = sorted(set(digests(output, digest).items()) ^ set(manifest.get("files", {}).items()))
     if changed:
         name = changed[0][0]
         raise ConfigError(f"{output}: {name} was changed or added since it was made; give --overwrite to replace it")
@@ -228,6 +217,24 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed processes left: folders whose names end in the number of a process that is gone."""
+    for left in folder.glob(pattern):
+        pid = left.suffix[1:]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Hold an output folder against other processes of this machine, whichever cache they use."""
+    from filelock import FileLock
+
+    name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:32]
+    with FileLock(Path(tempfile.gettempdir()) / f"olive-output-{name}.lock", mode=0o666):
+        yield
 
 
 def _alive(pid: int) -> bool:

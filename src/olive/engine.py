@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from olive import __version__, verify
-from olive.cache import Cache, Entry, check_replaceable, lay, swap
+from olive.cache import Cache, Entry, check_replaceable, lay, output_lock, swap, sweep
 from olive.errors import PassError
 from olive.model import FORMAT_VERSION, Model, digests, files, write_manifest
 from olive.passes.base import Context
@@ -20,6 +20,7 @@ from olive.plan import Plan, Step, code_digest, step_digest, version
 from olive.report import Report, StepRecord
 from olive.workflow import as_data, without_places
 
+VERIFIED_BY = ("olive.verify", "olive.evaluate", "olive.runtime", "olive.data", "olive.quant", "olive.decoder")
 Progress = Callable[[str, int, int], None]
 
 
@@ -43,7 +44,7 @@ def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress
     report.verification = _verify(plan, entry, model, before, cache, progress)
     manifest = _manifest(plan, entry, report)
     with _disk_space(plan.output):
-        _commit(entry, manifest, plan.output, overwrite)
+        _commit(entry, manifest, plan.output, overwrite, cache.digest)
     report.output_bytes = _size(plan.output / entry.record["model"])
     report.seconds = time.perf_counter() - began
     return report
@@ -69,7 +70,7 @@ def _run_step(step: Step, model: Model, plan: Plan, cache: Cache, progress: Prog
             "model": result.path.relative_to(out).as_posix(),
             "adapters": {name: path.relative_to(out).as_posix() for name, path in result.adapters.items()},
             "facts": facts,
-            "files": digests(out),
+            "files": digests(out, cache.digest),
         }
         return cache.put(step.key, staged, record)
 
@@ -90,7 +91,7 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
             "verify": asked.model_dump(),
             "model": entry.key,
             "source": plan.source_key,
-            "code": [code_digest(name) for name in ("olive.verify", "olive.evaluate", "olive.runtime", "olive.data")],
+            "code": [code_digest(name) for name in VERIFIED_BY],
             "versions": [version(name) for name in ("torch", "transformers", "onnxruntime", "onnxruntime-genai")],
         }
     )
@@ -145,19 +146,21 @@ def _manifest(plan: Plan, entry: Entry, report: Report) -> dict[str, Any]:
     }
 
 
-def _commit(entry: Entry, manifest: Mapping[str, Any], output: Path, overwrite: bool) -> None:
+def _commit(
+    entry: Entry, manifest: Mapping[str, Any], output: Path, overwrite: bool, digest: Callable[[Path], str]
+) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    for stale in output.parent.glob(f".{output.name}.building.*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    staged = output.parent / f".{output.name}.building.{os.getpid()}"
-    staged.mkdir()
-    try:
-        lay(entry.files, staged)
-        write_manifest(staged, manifest)
-        check_replaceable(output, overwrite)
-        swap(staged, output)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with output_lock(output):  # two processes may write the same output: one after the other
+        sweep(output.parent, f".{output.name}.building.*")
+        staged = output.parent / f".{output.name}.building.{os.getpid()}"
+        staged.mkdir()
+        try:
+            lay(entry.files, staged)
+            write_manifest(staged, manifest)
+            check_replaceable(output, overwrite, digest)
+            swap(staged, output)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -65,8 +65,12 @@ def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
     source = models.open_model(folder, adapter, trust_remote_code=given.trust_remote_code)
     _check_passes(source.kind, workflow)
     output = Path(workflow.output_dir).expanduser()
-    _check_output(output, [folder, *([adapter] if adapter else [])])
-    check_replaceable(output, overwrite)
+    output = output.resolve() if output.is_symlink() else output
+    kept = [Path.cwd(), Path.home(), cache.root, *(file for step in workflow.passes for file in _data_files(step))]
+    _check_output(output, [folder, *([adapter] if adapter else [])], kept)
+    writable(cache.root, f"{cache.root}: the cache cannot be written; set OLIVE_CACHE_DIR")
+    check_replaceable(output, overwrite, cache.digest)
+    _check_report(output, overwrite)
     device = compute_device(workflow.compute_device)
     source_key = _source_key(source, cache.digest)
     steps, key = [], source_key
@@ -92,24 +96,52 @@ def _check_passes(kind: str, workflow: Workflow) -> None:
         kind = step.produces
 
 
-def _check_output(output: Path, inputs: list[Path]) -> None:
+def _check_output(output: Path, inputs: list[Path], kept: list[Path]) -> None:
+    """Refuse an output that would replace the input or anything else that is not an output, or that cannot be."""
     place = output.resolve()
     for source in (path.resolve() for path in inputs):
         if place == source or place in source.parents or source in place.parents:
             raise ConfigError(
                 f"{output}: the output must not hold, or lie in, the input {source}; choose another folder"
             )
-    existing = next(p for p in (place, *place.parents) if p.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"{output}: cannot be a folder, because {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{output}: not writable (no permission in {existing}); choose another --output_path")
+    for path in (path.resolve() for path in kept):
+        if place == path or place in path.parents:
+            raise ConfigError(f"{output}: holds {path}, which would be lost; choose another folder for the output")
+    if place.exists() and not place.is_dir():
+        raise ConfigError(f"{output}: is a file; give a folder for the output")
+    if place.is_mount():
+        raise ConfigError(f"{output}: is a mount point, which cannot be replaced whole; give a folder below it")
+    writable(place.parent, f"{output}: cannot be written")
+
+
+def writable(folder: Path, what: str) -> None:
+    """Refuse a folder that cannot be made or written, found out by doing it."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".olive-", dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{what} ({existing}: {error.strerror}); choose another place") from None
+
+
+def _check_report(output: Path, overwrite: bool) -> None:
+    """The report goes beside the output: refuse to replace a file there that is not one."""
+    path = report_path(output)
+    if path.exists() and not overwrite and not path.read_bytes()[:16].startswith(b'{\n "workflow"'):
+        raise ConfigError(f"{path}: is in the way of the report and not one of ours; move it or give --overwrite")
+
+
+def report_path(output: Path) -> Path:
+    """Return where an output's report goes."""
+    return output.with_name(output.name + ".report.json")
 
 
 def _source_key(source: Model, digest: Callable[[Path], str]) -> str:
-    parts = {"kind": source.kind, "model": models.fingerprint(source.path, digest)}
+    parts: dict[str, Any] = {"kind": source.kind, "model": models.fingerprint(source.path, digest)}
     parts |= {
-        f"adapter {name}": models.fingerprint(path, digest) for name, path in source.adapters.items() if path.is_dir()
+        f"adapter {name}": [models.fingerprint(path, digest), (models.read_manifest(path) or {}).get("base_digest")]
+        for name, path in source.adapters.items()
+        if path.is_dir()
     }
     return step_digest(parts)
 
@@ -120,7 +152,7 @@ def step_key(step: Pass, input_key: str, workflow: Workflow, device: str) -> str
         {
             "input": input_key,
             "pass": pass_name(step),
-            "options": step.model_dump(mode="json"),
+            "options": step.model_dump(mode="json", exclude={name: {"files"} for name in _data(step)}),
             "seed": workflow.seed,
             "device": device,
             "target": workflow.target.execution_provider() if step.targets else None,
@@ -132,11 +164,19 @@ def step_key(step: Pass, input_key: str, workflow: Workflow, device: str) -> str
     )
 
 
+def _data(step: Pass) -> dict[str, DataSpec]:
+    values = {name: getattr(step, name) for name in type(step).model_fields}
+    return {name: value for name, value in values.items() if isinstance(value, DataSpec)}
+
+
+def _data_files(step: Pass) -> list[Path]:
+    return [Path(file) for spec in _data(step).values() for file in spec.files]
+
+
 def _data_digests(step: Pass) -> dict[str, str]:
     from olive.data.rows import fingerprint
 
-    values = {name: getattr(step, name) for name in type(step).model_fields}
-    return {name: fingerprint(value) for name, value in values.items() if isinstance(value, DataSpec)}
+    return {name: fingerprint(spec) for name, spec in _data(step).items()}
 
 
 def version(distribution: str) -> str:
@@ -148,12 +188,16 @@ def version(distribution: str) -> str:
 
 
 def code_digest(module: str) -> str:
-    """Digest the source of a module, or of all modules of a package."""
+    """Digest the source of a module, or all modules and texts of a package."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{module}: listed as the source of a pass, but there is no such module")
     origin = Path(spec.origin)
-    paths = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+    paths = (
+        sorted(p for p in origin.parent.rglob("*") if p.suffix in (".py", ".txt"))
+        if spec.submodule_search_locations
+        else [origin]
+    )
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 

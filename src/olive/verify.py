@@ -96,7 +96,10 @@ def check_quality(
     ids = text_windows(heldout_text(), tokenizer, length, WINDOWS)
     lowest = min((b for b in bits.values() if isinstance(b, int)), default=16)
     limit = max_kl if max_kl is not None else DEFAULT_MAX_KL if lowest >= 4 else math.inf
-    figures = {"generates": _generates(model, tokenizer), **_compare(source, None, model, None, ids, device, limit)}
+    generated = _generates(model, tokenizer)
+    if not generated:
+        raise VerifyError(f"{model.path.name}: generates nothing")
+    figures = {"generates": generated, **_compare(source, None, model, None, ids, device, limit)}
     if model.kind == "onnx" and reference is not None:
         for name, file in model.adapters.items():
             with_adapter = _compare(reference, reference.adapters[name], model, file, ids, device, limit)

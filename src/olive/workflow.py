@@ -64,7 +64,10 @@ def read_workflow(data: Any, where: str = "workflow") -> Workflow:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}")
     data = dict(data)
-    named = {str(k): v for k, v in (data.pop("data", None) or {}).items()}
+    sets = data.pop("data", None) or {}
+    if not isinstance(sets, Mapping):
+        raise ConfigError(f"{where}: data: expected a mapping of names to data sets, got {sets!r}")
+    named = {str(k): v for k, v in sets.items()}
     for name, spec in named.items():
         parse(DataSpec, spec, f"{where}: data.{name}.")
     steps = data.pop("passes", None)
@@ -79,7 +82,7 @@ def read_workflow(data: Any, where: str = "workflow") -> Workflow:
 
 
 def _read_pass(step: Any, named: Mapping[str, Any], where: str) -> Pass:
-    if not isinstance(step, Mapping) or "type" not in step:
+    if not isinstance(step, Mapping) or not isinstance(step.get("type"), str):
         raise ConfigError(f"{where}: expected a mapping with a type, got {step!r}")
     kind = pass_class(step["type"], where)
     options = {k: v for k, v in step.items() if k != "type"}

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from olive.cli.options import Parser
 from olive.cli.run import add_log_level
 from olive.errors import ConfigError
 from olive.model import open_model
+
+if TYPE_CHECKING:
+    from olive.runtime.genai import Generator
 
 
 def parser(prog: str) -> Parser:
@@ -71,10 +75,7 @@ def _adapters(args: argparse.Namespace, own: dict[str, Path]) -> dict[str, Path]
     return found
 
 
-def _answer(generator: object, prompt: str, args: argparse.Namespace, adapter: str | None) -> None:
-    from olive.runtime.genai import Generator
-
-    assert isinstance(generator, Generator)
+def _answer(generator: Generator, prompt: str | list[int], args: argparse.Namespace, adapter: str | None) -> str:
     answer = generator.generate(
         prompt,
         adapter=adapter,
@@ -88,12 +89,11 @@ def _answer(generator: object, prompt: str, args: argparse.Namespace, adapter: s
         f"({answer.prompt_tokens} prompt tokens, {answer.prefill_tokens_per_second:.1f} per second)",
         file=sys.stderr,
     )
+    return answer.text
 
 
-def _chat(generator: object, args: argparse.Namespace, adapter: str | None) -> int:
-    from olive.runtime.genai import Generator
-
-    assert isinstance(generator, Generator)
+def _chat(generator: Generator, args: argparse.Namespace, adapter: str | None) -> int:
+    messages: list[dict[str, str]] = []
     print("An empty line ends the chat; /adapter NAME switches, /adapter alone uses the base.", file=sys.stderr)
     while True:
         try:
@@ -109,4 +109,6 @@ def _chat(generator: object, args: argparse.Namespace, adapter: str | None) -> i
                 continue
             adapter = name
             continue
-        _answer(generator, line, args, adapter)
+        messages.append({"role": "user", "content": line})
+        text = _answer(generator, generator.encode_chat(messages), args, adapter)
+        messages.append({"role": "assistant", "content": text})

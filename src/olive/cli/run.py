@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,9 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
 
 
 def _say(report: Report, output: Path) -> None:
-    saved = output.with_name(output.name + ".report.json")
+    from olive.plan import report_path
+
+    saved = report_path(output)
     report.save(saved)
     for line in report.lines():
         print(line)
@@ -127,7 +130,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 @contextmanager
 def _cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
-    from olive.cache import Cache, default_root
+    from olive.cache import Cache, default_root, sweep
 
     if not hasattr(args, "no_cache"):
         yield Cache(default_root())
@@ -135,8 +138,16 @@ def _cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
     # A store of its own that ends with the run: one way of running, whether results are kept or not. It lies on the
     # output's disk, so that large files are moved there by link.
     place = next(p for p in output.expanduser().resolve().parents if p.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".olive-", dir=place) as folder:
-        yield Cache(Path(folder))
+    sweep(place, ".olive-building.*")
+    folder = place / f".olive-building.{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({place}: {error.strerror}); choose another place") from None
+    try:
+        yield Cache(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -170,6 +181,9 @@ def _progress() -> Iterator[Any]:
 def _save(text: str, path: Path, args: argparse.Namespace) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text and not hasattr(args, "overwrite"):
         raise ConfigError(f"--save_config_file {path}: exists with other contents; give another file or --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--save_config_file {path}: cannot be written: {error.strerror}") from None
     print(f"workflow written to {path}", file=sys.stderr)

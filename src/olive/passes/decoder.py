@@ -24,7 +24,7 @@ class Decoder(
         "olive.quant.formats",
         "olive.runtime.adapters",
     ),
-    libraries=("onnx-ir", "onnxruntime", "onnxruntime-genai", "torch"),
+    libraries=("onnx", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch"),
     targets=("CPUExecutionProvider",),
 ):
     """Build the graph of a decoder language model from its config and weights, with adapters as optional inputs.
@@ -58,6 +58,10 @@ class Decoder(
             if model.adapters:
                 raise ConfigError(f"{model.path}: model_type {checkpoint.config.get('model_type')!r} is not supported "
                                   f"with adapters; families: {', '.join(FAMILIES)}")  # fmt: skip
+            unheeded = {"group_size", "symmetric", "lm_head", "embeddings", "accuracy_level"}
+            changed = sorted(unheeded & self.model_dump(exclude_defaults=True).keys())
+            if changed:
+                raise ConfigError(f"{changed[0]}: GenAI's builder, the fallback for this model, takes precision only")
             ctx.note(**fallback.build(checkpoint, out, self.precision, ctx.scratch))
             return Model("onnx", out)
         digest = weights_digest(model.path)

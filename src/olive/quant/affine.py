@@ -37,32 +37,31 @@ class QuantizedWeight:
         return weight.view(n, k).to(dtype)
 
 
-def choose_qparams(
-    low: Tensor, high: Tensor, bits: int, *, symmetric: bool, scale_dtype: torch.dtype = torch.float16
-) -> tuple[Tensor, Tensor]:
+def choose_qparams(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Choose scale and zero point for groups that span ``low`` to ``high`` (any equal shape).
 
     Asymmetric: the range is widened to hold 0, ``scale = (high - low) / (2^bits - 1)``. Symmetric: the value farthest
     from 0 maps to code 0 (as in ggml's Q4_0), so that all 2^bits codes are used; the scale may be negative. The scale
-    is rounded to ``scale_dtype`` here, before codes are chosen, so that rounding to codes absorbs its error.
+    is rounded to float16, as it is stored, before codes are chosen, so that rounding to codes absorbs its error.
     """
     levels = 2**bits
     if symmetric:
         farthest = torch.where(high.abs() > low.abs(), high, low)
-        scale = _store(farthest / -(levels // 2), scale_dtype)
+        scale = _store(farthest / -(levels // 2))
         return scale, torch.full_like(scale, levels // 2, dtype=torch.uint8)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _store((high - low) / (levels - 1), scale_dtype)
+    scale = _store((high - low) / (levels - 1))
     zero_point = (-low / scale).round().clamp(0, levels - 1)
     return scale, zero_point.to(torch.uint8)
 
 
-def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the stored type; a scale of 0 (a group of zeros, or underflow) becomes the smallest normal number."""
-    info = torch.finfo(dtype)
+def _store(scale: Tensor) -> Tensor:
+    """Round to float16; a scale of 0 (a group of zeros, or underflow) becomes the smallest number above it."""
+    info = torch.finfo(torch.float16)
+    smallest = info.tiny * info.eps  # subnormal: coarse, but far nearer than the smallest normal number
     scale = scale.clamp(info.min, info.max)
-    tiny = scale.abs() < info.tiny
-    return torch.where(tiny, torch.where(scale < 0, -info.tiny, info.tiny), scale).to(dtype).float()
+    small = scale.abs() < smallest
+    return torch.where(small, torch.where(scale < 0, -smallest, smallest), scale).half().float()
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, symmetric: bool) -> QuantizedWeight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,14 @@ def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     form.set_model_version(1)
     values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(t)) for n, t in sorted(tensors.items())}
     form.set_parameters(values)
-    form.export_adapter(str(file))
+    building = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        form.export_adapter(str(building))
+        building.replace(file)
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"{file}: cannot be written: {error}") from None
+    finally:
+        building.unlink(missing_ok=True)
 
 
 def check(shapes: Mapping[str, Sequence[int]], folder: Path, where: str) -> None:

@@ -120,16 +120,20 @@ class Generator:
         if name not in self.names:
             raise ConfigError(f"adapter {name}: not loaded; loaded are {', '.join(self.names) or 'none'}")
 
-    def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """Return the token ids of a prompt; ``chat``: as a user's message in the model's chat template."""
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the token ids of a conversation (``role`` and ``content`` each) in the model's chat template."""
         import json
 
+        try:
+            text = self.tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
+        except RuntimeError as error:
+            raise ConfigError(f"{self.folder}: no usable chat template: {error}; pass the whole prompt") from None
+        return self.encode(text)
+
+    def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
+        """Return the token ids of a prompt; ``chat``: as a user's message in the model's chat template."""
         if chat:
-            messages = json.dumps([{"role": "user", "content": prompt}])
-            try:
-                prompt = self.tokenizer.apply_chat_template(messages=messages, add_generation_prompt=True)
-            except RuntimeError as error:
-                raise ConfigError(f"{self.folder}: no usable chat template: {error}; pass the whole prompt") from None
+            return self.encode_chat([{"role": "user", "content": prompt}])
         ids = [int(i) for i in self.tokenizer.encode(prompt)]
         if not ids:
             raise ConfigError("the prompt is empty; give at least one token")

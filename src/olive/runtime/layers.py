@@ -46,6 +46,7 @@ class Batch:
 def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """Build the model without memory for its parameters (on the meta device), ready for weights."""
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -54,7 +55,7 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except (ValueError, KeyError, TypeError, OSError, ImportError, StrictDataclassError) as error:
         raise ConfigError(f"{folder}: transformers cannot build this model: {str(error).splitlines()[0]}") from None
     return model.eval()
 

@@ -136,7 +136,7 @@ def answer_loss(model: Any, held: Sequence[Sample], pad_id: int, batch_size: int
 def save(model: Any, base: Path, adapter_dir: Path) -> None:
     """Write the adapter in PEFT's format, float32, the same bytes for the same weights, and the digest of its base."""
     for config in model.peft_config.values():
-        config.base_model_name_or_path = base.name  # PEFT would write the place on this machine
+        config.base_model_name_or_path = ""  # PEFT would write the place on this machine
     # "auto" would ask the hub whether the vocabulary has grown.
     model.save_pretrained(adapter_dir, save_embedding_layers=False)
     (adapter_dir / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with a path in it

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from olive.errors import ConfigError
 from olive.quant.affine import QuantizedWeight, pack_bits, unpack_bits
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -68,8 +69,6 @@ def settings(bits: int, group_size: int, symmetric: bool, modules: Mapping[str, 
 
 def check(settings: Mapping[str, Any], where: str) -> None:
     """Refuse variants of the layout that are not read."""
-    from olive.errors import ConfigError
-
     version = str(settings.get("version", "gemm")).lower()
     if version != "gemm" or settings.get("bits", 4) != 4:
         raise ConfigError(f"{where}: AWQ version {version!r}, {settings.get('bits')} bits; only 'gemm' with 4 is read")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from olive.errors import ConfigError, did_you_mean
 from olive.quant.affine import QuantizedWeight
-from olive.quant.formats import FORMATS, awq, gptq
+from olive.quant.formats import FORMATS, gptq
 from olive.quant.formats.shards import Shards, find
 
 
@@ -33,8 +33,8 @@ class Checkpoint:
         if self.settings and method not in FORMATS:
             raise ConfigError(f"{folder}: quantized as {method!r}, which is not read{did_you_mean(method, FORMATS)}")
         self.method: str | None = method if self.settings else None
-        if self.method == "awq":
-            awq.check(self.settings or {}, str(folder))
+        if self.method is not None:
+            FORMATS[self.method].check(self.settings or {}, str(folder))
         parts = FORMATS[method].PARTS if self.settings else ()
         self.quantized = [n.removesuffix(".qweight") for n in self.tensors if parts and n.endswith(".qweight")]
         packed = {f"{module}.{part}" for module in self.quantized for part in parts}

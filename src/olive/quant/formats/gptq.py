@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olive.errors import ConfigError
 from olive.quant.affine import QuantizedWeight, pack_bits, unpack_bits
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -81,10 +82,16 @@ def module_settings(settings: Mapping[str, Any], module: str) -> dict[str, Any]:
     return own
 
 
+def check(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse bits that are not read."""
+    overrides = [override for override in (settings.get("dynamic") or {}).values() if override]
+    for bits in (own.get("bits", settings.get("bits")) for own in (settings, *overrides)):
+        if bits not in (2, 4, 8):
+            raise ConfigError(f"{where}: GPTQ with {bits!r} bits; only 2, 4 and 8 are read")
+
+
 def check_order(g_idx: Tensor, group_size: int, where: str) -> None:
     """Refuse activation order: it would need a gather in front of every product."""
-    from olive.errors import ConfigError
-
     k = len(g_idx)
     size = k if group_size == -1 else group_size
     if not torch.equal(g_idx.long(), torch.arange(k) // size):

@@ -6,6 +6,7 @@ Files are read with ``pread`` rather than mapped: a memory map counts as residen
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -82,6 +83,8 @@ def _header(path: Path) -> Iterator[tuple[str, dict, int]]:
             if length > min(size, 100_000_000):
                 raise ValueError(f"header of {length} bytes")
             header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("header is not an object")
     except FileNotFoundError:
         raise ConfigError(f"{path}: missing, though the checkpoint's index names it") from None
     except (OSError, struct.error, ValueError) as error:
@@ -91,7 +94,10 @@ def _header(path: Path) -> Iterator[tuple[str, dict, int]]:
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise ConfigError(f"{path}: tensor {name} has type {entry['dtype']}, which is not supported")
-        if start + entry["data_offsets"][1] > size:
+        begin, end = entry["data_offsets"]
+        if end - begin != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
+            raise ConfigError(f"{path}: damaged: tensor {name} is not as long as its shape says; fetch it again")
+        if start + end > size:
             raise ConfigError(f"{path}: truncated: tensor {name} ends past the end of the file; fetch it again")
         yield name, entry, start
 

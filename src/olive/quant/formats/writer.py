@@ -14,8 +14,8 @@ from olive.quant.affine import QuantizedWeight, fitting_group
 from olive.quant.formats import FORMATS, gptq
 from olive.quant.formats.shards import INDEX, ShardWriter
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".data")
-NOT_COPIED = {"config.json", "olive.json", INDEX, "pytorch_model.bin.index.json"}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".data", ".h5", ".msgpack", ".ot")
+NOT_COPIED = {"config.json", "quantize_config.json", "olive.json", INDEX, "pytorch_model.bin.index.json"}
 
 
 class Grouping(NamedTuple):
