@@ -48,7 +48,7 @@ class Shards(Mapping[str, Tensor]):
                 if got == 0:
                     raise ConfigError(f"{path}: truncated: tensor {name} ends past the end of the file")
                 done += got
-            if size > 1 << 20:  # weights are read once; leave the page cache to others
+            if size > 1 << 20 and hasattr(os, "posix_fadvise"):  # weights are read once; leave the page cache to others
                 os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
         return tensor.view(DTYPES[dtype]).view(shape)
 
