@@ -28,12 +28,6 @@ class Model:
     trust_remote_code: bool = False
     """The user trusts Python code that comes with the checkpoint."""
 
-    def adapter(self) -> Path | None:
-        """Return the one adapter of a model that may have at most one."""
-        if len(self.adapters) > 1:
-            raise ConfigError(f"{self.path}: has several adapters ({', '.join(self.adapters)}); name one")
-        return next(iter(self.adapters.values()), None)
-
 
 def open_model(folder: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> Model:
     """Open a local folder: one of our outputs (``olive.json``), a Hugging Face checkpoint or an ONNX folder."""
