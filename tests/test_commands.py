@@ -210,8 +210,11 @@ MODEL_AND_OUT = ["-m", str(LAB_MODEL), "-o", "out"]
         (["quantize", *MODEL_AND_OUT, "stray"], ["unexpected argument 'stray'"]),
         (["quantize", "-o", "out"], ["--model_name_or_path (-m) is required"]),
         (["quantize", "-m", str(LAB_MODEL)], ["--output_path (-o) is required"]),
-        (["quantize", *MODEL_AND_OUT, "--algorithm", "awq", "--precision", "int8"], ["int8", "awq", "int4"]),
-        (["quantize", *MODEL_AND_OUT, "--format", "awq", "--precision", "int8"], ["awq layout holds 4 bits only"]),
+        (
+            ["quantize", *MODEL_AND_OUT, "--algorithm", "awq", "--precision", "int8"],
+            ["awq", "8 bits", "these do: gptq"],
+        ),
+        (["quantize", *MODEL_AND_OUT, "--format", "awq", "--precision", "int8"], ["awq layout does not hold 8 bits"]),
         (["quantize", *MODEL_AND_OUT, "--group_size", "8"], ["group_size", "at least 16"]),
         (["quantize", *MODEL_AND_OUT, "--exclude", "*.nothing"], ["no linear layer is named like '*.nothing'"]),
         (["quantize", *MODEL_AND_OUT, "--data_files", "x.txt"], ["rtn uses no data"]),

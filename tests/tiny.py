@@ -38,19 +38,64 @@ def tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def checkpoint(folder: Path, family: str, **changes: Any) -> torch.nn.Module:
-    """Save a random float32 checkpoint of a family; return the transformers model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+EXPERTS = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 16,
+                  "norm_topk_prob": True},
+    "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+                  "shared_expert_intermediate_size": 128},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2},
+}  # fmt: skip
+"""What families with experts need besides SIZES."""
+
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "text_config": SIZES | {"rope_parameters": MROPE},
+        "vision_config": {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+                          "fullatt_block_indexes": [1]},
+        "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303,
+    },
+    "qwen3_vl_moe": {
+        "text_config": SIZES | EXPERTS["qwen3_moe"] | {"rope_parameters": MROPE},
+        "vision_config": {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+                          "deepstack_visual_indexes": [0], "num_position_embeddings": 16, "patch_size": 14},
+        "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"} | SIZES,
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64,
+                          "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        "image_token_index": 300,
+    },
+    "gemma3": {
+        "text_config": SIZES | {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+                          "image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302,
+    },
+}  # fmt: skip
+"""Families that see, each with more vision layers than text layers."""
+
+
+def checkpoint(folder: Path, family: str, *, fused: bool = False, **changes: Any) -> torch.nn.Module:
+    """Save a random float32 checkpoint of a family; return the transformers model.
+
+    ``fused``: under transformers' own names, where experts are fused, instead of those that checkpoints have.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(SIZES | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    sees = family in VISION
+    config = AutoConfig.for_model(family, **((VISION[family] if sees else SIZES | EXPERTS.get(family, {})) | changes))
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # larger than the usual start, so that attention and rotation matter in the logits
             weight.normal_(1.0, 0.3) if "norm" in name else weight.normal_(0.0, 1.2 / weight.shape[-1] ** 0.5)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=not fused)
     tokenizer(folder)
     return model
 

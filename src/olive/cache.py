@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Cache:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._digests: dict[str, str] | None = None
+        self._digesting = threading.Lock()
 
     def _folder(self, key: str) -> Path:
         return self.root / "entries" / key[:2] / key
@@ -111,19 +113,22 @@ class Cache:
     def digest(self, path: Path) -> str:
         """Digest a file; one seen before, unchanged in inode, size and time, is not read again."""
         memo = self.root / "digests.json"
-        if self._digests is None:
-            self._digests = {}
-            with suppress(OSError, ValueError):
-                self._digests = json.loads(memo.read_text(encoding="utf-8"))
+        with self._digesting:
+            if self._digests is None:
+                self._digests = {}
+                with suppress(OSError, ValueError):
+                    self._digests = json.loads(memo.read_text(encoding="utf-8"))
         stat = path.stat()
         seen = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
         if seen not in self._digests:
-            self._digests[seen] = sha256(path)
-            if stat.st_size >= LINK_ABOVE:
-                self.root.mkdir(parents=True, exist_ok=True)
-                fresh = memo.with_suffix(f".{os.getpid()}")
-                fresh.write_text(json.dumps(self._digests), encoding="utf-8")
-                fresh.rename(memo)
+            found = sha256(path)  # several threads may be here: hashing lets them run side by side
+            with self._digesting:
+                self._digests[seen] = found
+                if stat.st_size >= LINK_ABOVE:
+                    self.root.mkdir(parents=True, exist_ok=True)
+                    fresh = memo.with_suffix(f".{os.getpid()}")
+                    fresh.write_text(json.dumps(self._digests), encoding="utf-8")
+                    fresh.rename(memo)
         return self._digests[seen]
 
 

@@ -30,14 +30,15 @@ def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress
     report = Report(as_data(plan.workflow), str(plan.output), source_bytes=_size(plan.source.path))
     model, before = plan.source, plan.source
     entry: Entry | None = None
+    input_key = plan.source_key
     for step in plan.steps:
         started = time.perf_counter()
         with cache.lock(step.key):
-            entry = cache.get(step.key)
+            entry = None if step.work.missing() else cache.get(step.key)
             cached = entry is not None
             if entry is None:
-                entry = _run_step(step, model, plan, cache, progress)
-        before, model = model, _open(entry, plan.source.trust_remote_code)
+                entry = _run_step(step, model, input_key, plan, cache, progress)
+        before, input_key, model = model, step.key, _open(entry, plan.source.trust_remote_code)
         seconds = time.perf_counter() - started
         report.steps.append(StepRecord(step.name, step.key, cached, seconds, entry.record["facts"]))
     assert entry is not None  # a workflow has at least one pass
@@ -50,12 +51,13 @@ def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress
     return report
 
 
-def _run_step(step: Step, model: Model, plan: Plan, cache: Cache, progress: Progress) -> Entry:
+def _run_step(step: Step, model: Model, input_key: str, plan: Plan, cache: Cache, progress: Progress) -> Entry:
     facts: dict[str, Any] = {}
     with cache.stage(step.key) as staged, cache.scratch(step.key) as scratch, _disk_space(staged):
         out = staged / "files"
         context = Context(
             out=out,
+            input_key=input_key,
             scratch=scratch,
             target=plan.workflow.target,
             compute_device=plan.compute_device,
@@ -72,7 +74,7 @@ def _run_step(step: Step, model: Model, plan: Plan, cache: Cache, progress: Prog
             "facts": facts,
             "files": digests(out, cache.digest),
         }
-        return cache.put(step.key, staged, record)
+        return cache.get(step.key) or cache.put(step.key, staged, record)
 
 
 def _open(entry: Entry, trust_remote_code: bool) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def sha256(path: Path) -> str:
 
 def digests(folder: Path, digest: Callable[[Path], str] = sha256) -> dict[str, str]:
     """Digest every file of a folder, by relative name; ``digest`` may remember what it has seen."""
-    return {name: digest(folder / name) for name in files(folder)}
+    names = list(files(folder))
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(names, threads.map(lambda name: digest(folder / name), names), strict=True))
 
 
 def fingerprint(folder: Path, digest: Callable[[Path], str] = sha256) -> str:

@@ -76,7 +76,7 @@ def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
     steps, key = [], source_key
     for step in workflow.passes:
         key = step_key(step, key, workflow, device)
-        cached = cache.get(key) is not None
+        cached = cache.get(key) is not None and not step.missing()
         steps.append(
             Step(pass_name(step), key, step, cached, "same key in the cache" if cached else "not in the cache")
         )

@@ -46,6 +46,7 @@ class Report:
                 yield f"{'':<12} {name}: {what}"
             if len(fallbacks) > 4:
                 yield f"{'':<12} and {len(fallbacks) - 4} more linear layers; the report lists them"
+            yield from _candidates(step.facts.get("candidates") or [], step.facts.get("picked"))
             for name in ("held_back_loss_before", "held_back_loss_after", "warning"):
                 if name in step.facts:
                     value = step.facts[name]
@@ -53,6 +54,18 @@ class Report:
         yield f"{'size':<12} {self.source_bytes / 1e6:.1f} MB -> {self.output_bytes / 1e6:.1f} MB"
         yield from _figures("verified", self.verification or {"level": "none: not verified"})
         yield f"{'output':<12} {self.output}"
+
+
+def _candidates(rows: list[dict[str, Any]], picked: str | None) -> Iterator[str]:
+    if rows:
+        yield f"{'':<2}{'candidate':<24} {'perplexity':>11} {'KL':>9} {'top-1':>7} {'MB':>8} {'seconds':>8}"
+    for row in rows:
+        name = f"{'* ' if row['name'] == picked else '  '}{row['name']:<24}"
+        if "not_done" in row:
+            yield f"{name} {row['not_done']}"
+            continue
+        figures = f"{row['perplexity']:>11.3f} {row['kl_divergence']:>9.5f} {row['top1_agreement']:>7.4f}"
+        yield f"{name} {figures} {row['bytes'] / 1e6:>8.1f} {row['seconds']:>8.1f}"
 
 
 def _figures(label: str, figures: dict[str, Any]) -> Iterator[str]:

@@ -148,23 +148,12 @@ def _compare(
 
 
 def _hf_logits(model: Model, adapter: Path | None, ids: Any, device: str) -> Iterator[Any]:
-    """Yield a checkpoint's logits [1, T, V] row by row, one of its layers in memory at a time."""
-    import torch
+    from olive.decoder.merge import Merged
+    from olive.evaluate.logits import checkpoint_logits
 
-    from olive.runtime.layers import LayeredModel, open_tensors, skeleton
-
-    meta = skeleton(model.path, trust_remote_code=model.trust_remote_code)
-    tensors: Any = open_tensors(model.path, meta, trust_remote_code=model.trust_remote_code)
-    if adapter is not None:
-        from olive.decoder.merge import Merged
-
-        tensors = Merged(tensors, adapter)
-    layered = LayeredModel(tensors, meta, dtype=torch.float32, device=device)
-    batches = layered.start(ids, 1)
-    for index, _, block in layered.layers():
-        layered.advance(index, block, batches)
-    for batch in batches:
-        yield layered.logits(batch)
+    if adapter is None:
+        return checkpoint_logits(model, ids, device)
+    return checkpoint_logits(model, ids, device, lambda tensors: Merged(tensors, adapter))
 
 
 def _onnx_logits(model: Model, adapter: Path | None, ids: Any) -> Iterator[Any]:

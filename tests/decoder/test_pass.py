@@ -21,6 +21,7 @@ def context(folder: Path, facts: dict[str, Any], target: Target) -> Context:
     (folder / "scratch").mkdir()
     return Context(
         out=folder / "out",
+        input_key="input",
         scratch=folder / "scratch",
         target=target,
         compute_device="cpu",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +15,12 @@ import tiny
 from olive.decoder import weights
 from olive.decoder.build import build
 from olive.decoder.options import Options
-from olive.quant.affine import QuantizedWeight, round_to_nearest
-from olive.quant.formats import FORMATS
+from olive.quant.affine import QuantizedWeight, pack_bytes, round_to_nearest
 from olive.quant.formats.checkpoint import Checkpoint
-from olive.quant.formats.shards import ShardWriter
 from olive.runtime.session import OnnxDecoder
+from quantized import EMBEDDINGS, HEAD, dequantized, quantize
 
 EXACT = Options(lm_head="float", embeddings="float", accuracy_level=0)
-
-
-def quantize(source: Path, out: Path, method: str, bits: int, group_size: int, *, symmetric: bool) -> dict:
-    """Write a checkpoint with every linear of the layers rounded; return the integers by module."""
-    out.mkdir()
-    for file in source.glob("*.json"):
-        shutil.copyfile(file, out / file.name)
-    float_checkpoint, writer = Checkpoint(source), ShardWriter(out)
-    found = {}
-    for name in float_checkpoint.float_names:
-        module, weight = name.removesuffix(".weight"), float_checkpoint.weight(name)
-        if "_proj" in name and weight.ndim == 2:
-            size = weight.shape[1] if group_size == -1 else group_size
-            found[module] = round_to_nearest(weight, bits, size, symmetric=symmetric)
-            for part, tensor in FORMATS[method].pack(found[module]).items():
-                writer.add(f"{module}.{part}", tensor)
-        else:
-            writer.add(name, weight)
-    writer.close()
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = FORMATS[method].settings(bits, group_size, symmetric, found)
-    (out / "config.json").write_text(json.dumps(config))
-    return found
-
-
-def dequantized(model: torch.nn.Module, found: dict[str, QuantizedWeight]) -> torch.nn.Module:
-    for module, weight in found.items():
-        model.get_submodule(module).weight.data = weight.dequantize()
-    return model
 
 
 def integers(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -82,10 +50,21 @@ CASES: dict[str, tuple[str, dict[str, Any], str, int, int, bool]] = {
     "awq, biases": ("qwen2", {}, "awq", 4, 32, False),
     "gptq, symmetric": ("qwen3", {"head_dim": 32}, "gptq", 4, 16, True),
     "gptq, 8 bits": ("phi3", {}, "gptq", 8, 32, False),
+    "gptq, 3 bits": ("llama", {}, "gptq", 3, 32, False),
+    "gptq, 3 bits, symmetric": ("llama", {}, "gptq", 3, 16, True),
     "gptq, 2 bits": ("mistral", {}, "gptq", 2, 16, False),
     "gptq, one group per channel": ("phi3", {}, "gptq", 4, -1, False),
     "gptq, groups of 48": ("llama", {"hidden_size": 192, "intermediate_size": 96}, "gptq", 4, 48, False),
+    "compressed-tensors": ("qwen3", {"head_dim": 32}, "compressed-tensors", 4, 32, False),
+    "compressed-tensors, 3 bits": ("phi3", {}, "compressed-tensors", 3, 32, False),
+    "compressed-tensors, symmetric": ("llama", {}, "compressed-tensors", 8, -1, True),
+    "olive": ("phi3", {}, "olive", 4, 32, False),
+    "olive, 2 bits, symmetric": ("llama", {}, "olive", 2, 16, True),
 }
+
+
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(OnnxDecoder(folder, 1).logits(ids.numpy()))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -99,42 +78,80 @@ def test_integers_are_carried_over(case: str, tmp_path: Path) -> None:
     for module, (codes, scale, zeros) in stored.items():
         prefix = module.removesuffix("qkv_proj")
         parts = [found[m] for m in ([module] if module in found else [f"{prefix}{p}_proj" for p in "qkv"])]
-        want = weights.concatenate([p for part in parts if (p := weights.regroup(part))])
-        assert np.array_equal(codes, want.codes.numpy()), module
-        assert np.array_equal(scale, want.scale.float().numpy()), module
-        assert np.array_equal(zeros, want.zero_point.numpy()), module
-    assert {facts["bits"][m] for m in found} == {bits}
+        assert np.array_equal(codes, torch.cat([p.codes for p in parts]).numpy()), module
+        repeats = scale.shape[1] // parts[0].scale.shape[1]  # groups that the operator does not take are cut up
+        wanted = [torch.cat([getattr(p, name) for p in parts]) for name in ("scale", "zero_point")]
+        assert np.array_equal(scale, wanted[0].float().repeat_interleave(repeats, dim=1).numpy()), module
+        assert np.array_equal(zeros, wanted[1].repeat_interleave(repeats, dim=1).numpy()), module
+    assert {facts["bits"][m] for m in found} == {4 if bits == 3 else bits}
     ids = tiny.ids(40)
     with torch.no_grad():
-        expected = dequantized(model, found)(ids).logits.numpy()
-    assert np.abs(OnnxDecoder(tmp_path / "onnx", 1).logits(ids.numpy()) - expected).max() < 1e-3
+        expected = dequantized(model, found)(ids).logits
+    assert (logits(tmp_path / "onnx", ids) - expected).abs().max() < 1e-3
 
 
 def test_mixed_bits_in_q_k_v_become_separate_products(tmp_path: Path) -> None:
     model = tiny.checkpoint(tmp_path / "hf", "llama")
-    found = quantize(tmp_path / "hf", tmp_path / "q", "gptq", 4, 32, symmetric=False)
     module = "model.layers.0.self_attn.k_proj"
-    source, writer = Checkpoint(tmp_path / "q"), ShardWriter(tmp_path / "m")
-    (tmp_path / "m").mkdir()
-    found[module] = round_to_nearest(Checkpoint(tmp_path / "hf").weight(f"{module}.weight"), 8, 16, symmetric=False)
-    for name in source.tensors:
-        if not name.startswith(module):
-            writer.add(name, source.tensors[name])
-    for part, tensor in FORMATS["gptq"].pack(found[module]).items():
-        writer.add(f"{module}.{part}", tensor)
-    writer.close()
-    config = source.config
-    config["quantization_config"]["dynamic"] = {r"+:.*layers\.0\.self_attn\.k_proj$": {"bits": 8, "group_size": 16}}
-    for file in (tmp_path / "hf").glob("*.json"):
-        shutil.copyfile(file, tmp_path / "m" / file.name)
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    facts = build(Checkpoint(tmp_path / "m"), tmp_path / "onnx", EXACT)
+    found = quantize(tmp_path / "hf", tmp_path / "q", "gptq", 4, 32, symmetric=False, other={module: (8, 16)})
+    facts = build(Checkpoint(tmp_path / "q"), tmp_path / "onnx", EXACT)
     assert facts["bits"][module] == 8
     assert facts["bits"]["model.layers.0.self_attn.q_proj"] == 4
     ids = tiny.ids(40)
     with torch.no_grad():
-        expected = dequantized(model, found)(ids).logits.numpy()
-    assert np.abs(OnnxDecoder(tmp_path / "onnx", 1).logits(ids.numpy()) - expected).max() < 1e-3
+        expected = dequantized(model, found)(ids).logits
+    assert (logits(tmp_path / "onnx", ids) - expected).abs().max() < 1e-3
+
+
+def table(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the attributes of the graph's GatherBlockQuantized and the arrays of its table by their short names."""
+    model = onnx.load(folder / "model.onnx")
+    arrays = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    (node,) = [n for n in model.graph.node if n.op_type == "GatherBlockQuantized"]
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    return values, {name.rpartition(".")[2]: arrays[name] for name in node.input if name in arrays}
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (4, 32), (8, -1)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_of_integers_are_carried_over(
+    tied: bool, bits: int, group_size: int, symmetric: bool, tmp_path: Path
+) -> None:
+    model = tiny.checkpoint(tmp_path / "hf", "llama", tie_word_embeddings=tied)
+    other = {EMBEDDINGS: (bits, group_size)} | ({} if tied else {HEAD: (8, 32)})
+    found = quantize(tmp_path / "hf", tmp_path / "q", "olive", 4, 32, symmetric=symmetric, other=other)
+    facts = build(Checkpoint(tmp_path / "q"), tmp_path / "onnx", EXACT)
+    assert (facts["bits"][EMBEDDINGS], facts["bits"][HEAD]) == (bits, bits if tied else 8)
+    names = {i.name for i in onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.initializer}
+    assert ("lm_head.qweight" in names) != tied  # a tied head reads the table of the embeddings
+    values, arrays = table(tmp_path / "onnx")
+    assert values["bits"] == bits
+    assert np.array_equal(arrays["rows"], pack_bytes(found[EMBEDDINGS].codes, bits).numpy())
+    stored = integers(tmp_path / "onnx")
+    head = found[EMBEDDINGS if tied else HEAD]
+    assert np.array_equal(stored[HEAD][0], head.codes.numpy())
+    assert np.array_equal(stored[HEAD][1], head.scale.float().numpy())
+    assert np.array_equal(stored[HEAD][2], head.zero_point.numpy())
+    ids = tiny.ids(40)
+    with torch.no_grad():
+        expected = dequantized(model, found)
+        expected.tie_weights()
+        assert (logits(tmp_path / "onnx", ids) - expected(ids).logits).abs().max() < 1e-3
+
+
+def test_a_table_whose_groups_no_operator_takes_becomes_float_and_is_reported(tmp_path: Path) -> None:
+    changes = {"hidden_size": 56, "head_dim": 16, "tie_word_embeddings": True}
+    model = tiny.checkpoint(tmp_path / "hf", "llama", **changes)
+    found = quantize(tmp_path / "hf", tmp_path / "q", "olive", 4, -1, symmetric=False, other={EMBEDDINGS: (8, -1)})
+    facts = build(Checkpoint(tmp_path / "q"), tmp_path / "onnx", EXACT)
+    assert facts["bits"][EMBEDDINGS] == facts["bits"][HEAD] == "float"
+    assert "group size 56" in facts["fallbacks"][EMBEDDINGS]
+    ids = tiny.ids(40)
+    with torch.no_grad():
+        expected = dequantized(model, found)
+        expected.tie_weights()
+        assert (logits(tmp_path / "onnx", ids) - expected(ids).logits).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
@@ -147,8 +164,8 @@ def test_float_linears_are_rounded_in_stream(precision: Any, bits: int, symmetri
     rounded = {name: round_to_nearest(w, bits, 32, symmetric=symmetric) for name, w in linears.items()}
     ids = tiny.ids(40)
     with torch.no_grad():
-        expected = dequantized(model, rounded)(ids).logits.numpy()
-    assert np.abs(OnnxDecoder(tmp_path / "onnx", 1).logits(ids.numpy()) - expected).max() < 1e-3
+        expected = dequantized(model, rounded)(ids).logits
+    assert (logits(tmp_path / "onnx", ids) - expected).abs().max() < 1e-3
 
 
 def test_a_linear_that_no_group_divides_stays_float_and_is_reported(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from olive.quant import awq
 from olive.quant import layer as layers
 from olive.quant.affine import QuantizedWeight, choose_qparams, quantize, round_to_nearest
 from olive.quant.sites import find_sites
+from olive.quant.statistics import InputStatistics
 
 
 def inputs(k: int = 32, tokens: int = 200) -> torch.Tensor:
@@ -22,8 +23,8 @@ def inputs(k: int = 32, tokens: int = 200) -> torch.Tensor:
     return torch.randn(tokens, k, generator=generator) @ mix * torch.linspace(0.1, 4, k)
 
 
-def statistics(x: torch.Tensor) -> layers.InputStatistics:
-    found = layers.InputStatistics.empty(x.shape[-1], "cpu")
+def statistics(x: torch.Tensor) -> InputStatistics:
+    found = InputStatistics(x.shape[-1], "cpu")
     for part in x.split(64):
         found.add(part)
     return found

@@ -18,7 +18,7 @@ def _pair(bits: int, symmetric: bool, bias: bool = True) -> tuple[QuantLinear, n
     return QuantLinear(weight, dense.bias.data if bias else None), dense, weight
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_product_and_gradient_are_those_of_the_dense_layer(bits: int, symmetric: bool, bias: bool) -> None:
@@ -33,6 +33,15 @@ def test_product_and_gradient_are_those_of_the_dense_layer(bits: int, symmetric:
     torch.testing.assert_close(y, same_y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, same_x.grad, rtol=1e-5, atol=1e-5)
     assert torch.equal(quantized.weight, dense.weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rows_that_end_within_a_word_are_the_dense_weight(bits: int) -> None:
+    weight = round_to_nearest(torch.randn(5, 42), bits, 14, symmetric=False)
+    quantized = QuantLinear(weight, None)
+    x = torch.randn(3, 42)
+    assert torch.equal(quantized.weight, weight.dequantize())
+    torch.testing.assert_close(quantized(x), x @ weight.dequantize().t(), rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_is_the_derivative() -> None:

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from olive.quant.affine import round_to_nearest
 from olive.quant.formats import FORMATS
 from olive.quant.formats.checkpoint import Checkpoint
+from olive.quant.formats.layout import Grouping
 from olive.quant.formats.shards import ShardWriter
 
 
@@ -44,8 +45,9 @@ def quantize_folder(source: Path, folder: Path, method: str) -> Path:
         tensor = checkpoint.tensors[name]
         module = name.removesuffix(".weight")
         if module.endswith("_proj"):
-            modules[module] = round_to_nearest(tensor, 4, 32, symmetric=False)
-            for part, value in FORMATS[method].pack(modules[module]).items():
+            modules[module] = Grouping(4, 32)
+            rounded = round_to_nearest(tensor, 4, 32, symmetric=False)
+            for part, value in FORMATS[method].pack(rounded).items():
                 writer.add(f"{module}.{part}", value)
         else:
             writer.add(name, tensor)

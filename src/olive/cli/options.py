@@ -80,6 +80,9 @@ def add_fields(
         elif get_origin(kind) is Literal:
             values = get_args(kind)
             parser.add_argument(*spelled, dest=flag, type=type(values[0]), choices=values, help=text)
+        elif get_origin(kind) is dict:
+            metavar = "PATTERN=VALUE"
+            parser.add_argument(*spelled, dest=flag, nargs="+", action=_Pairs, metavar=metavar, help=text)
         elif get_origin(kind) is tuple:
             parser.add_argument(*spelled, dest=flag, nargs="+", metavar="VALUE", help=text)
         else:
@@ -88,13 +91,26 @@ def add_fields(
             )
 
 
+class _Pairs(argparse.Action):
+    """Collects ``A=B`` words into a mapping."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, flag: str | None = None) -> None:
+        found = {}
+        for word in values:
+            name, equals, value = word.rpartition("=")
+            if not equals:
+                parser.error(f"{flag} {word}: give PATTERN=VALUE")
+            found[name] = value
+        setattr(namespace, self.dest, found)
+
+
 SHORT = {"model_name_or_path": ("-m",), "adapter_path": ("-a",), "data_name": ("-d",), "output_path": ("-o",)}
 
 
 def _plain(annotation: Any) -> Any:
     """Reduce ``X | None`` to X, and ``str | tuple`` to tuple."""
     parts = [part for part in get_args(annotation) if part is not type(None)]
-    if get_origin(annotation) in (Literal, tuple) or not parts:
+    if get_origin(annotation) in (Literal, tuple, dict) or not parts:
         return annotation
     return next((part for part in parts if get_origin(part) is tuple), parts[0])
 

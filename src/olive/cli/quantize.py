@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
 
 from olive.cli.options import Parser, add_data, add_fields, add_model, read_data, read_model
 from olive.cli.options import given as given_flags
 from olive.cli.run import add_flow, execute
 from olive.errors import ConfigError
 
-ALGORITHMS = ("rtn", "awq", "gptq")
-OPTIONS = ["group_size", "format", "exclude"]
+ALGORITHMS = ("rtn", "kquant", "hqq", "awq", "gptq", "tune", "best")
+OPTIONS = ["group_size", "format", "exclude", "overrides", "lm_head", "embeddings"]
+OWN = {"iterations": "tune", "statistics": "awq", "save_statistics": "awq", "budget": "best"}
+"""Options of some algorithms only, and one that has it."""
 
 
 def parser(prog: str) -> Parser:
     """Return the command's parser."""
+    from olive.passes import pass_class
     from olive.passes.quantizer import Quantizer
 
     own = Parser(prog, "Quantize the linear layers of a Hugging Face checkpoint.")
@@ -24,12 +26,22 @@ def parser(prog: str) -> Parser:
         "--algorithm",
         choices=ALGORITHMS,
         default="rtn",
-        help="rtn: round to nearest, no data; awq, gptq: fitted to calibration data. Default: rtn.",
+        help="Without data: rtn (round to nearest), kquant (searched ranges; with data, by importance), hqq. Fitted to "
+        "calibration data: awq, gptq, tune (the most accurate and the slowest). best: tries several and keeps the one "
+        "that is nearest to the float model on held-back rows. Default: rtn.",
     )
     own.add_argument(
-        "--precision", choices=["int4", "int8"], help="Bits that are written. Default: the algorithm's (int4)."
+        "--compare",
+        type=lambda text: text.split(","),
+        metavar="A,B,...",
+        help="Try these algorithms on the same rows, tell quality, size and time of each, and keep the best.",
+    )
+    own.add_argument(
+        "--precision", choices=["int2", "int3", "int4", "int8"], help="Bits that are written. Default: int4."
     )
     add_fields(own, Quantizer, OPTIONS, without_default=("format",))
+    for option, owner in OWN.items():
+        add_fields(own, pass_class(owner), [option])
     way = own.add_mutually_exclusive_group()
     text = Quantizer.model_fields["symmetric"].description
     way.add_argument("--symmetric", action="store_true", help=text)
@@ -45,17 +57,24 @@ def main(args: argparse.Namespace) -> int:
     """Run one quantizer."""
     from olive.passes import pass_class
 
-    kind = pass_class(args.algorithm)
-    step = {"type": args.algorithm, **given_flags(args, [*OPTIONS, "symmetric"])}
+    algorithm = args.algorithm
+    if hasattr(args, "compare"):
+        if algorithm != "rtn":
+            raise ConfigError(f"--compare names the algorithms by itself; drop --algorithm {algorithm}")
+        algorithm = "best"
+    kind = pass_class(algorithm)
+    step = {"type": algorithm, **given_flags(args, [*OPTIONS, *OWN, "symmetric"])}
+    for option in OWN:
+        if option in step and option not in kind.model_fields:
+            having = ", ".join(name for name in ALGORITHMS if option in pass_class(name).model_fields)
+            raise ConfigError(f"--{option}: {algorithm} has no such option; these have: {having}")
+    if hasattr(args, "compare"):
+        step["candidates"] = [{"type": name} for name in args.compare]
     if hasattr(args, "precision"):
         step["bits"] = int(args.precision.removeprefix("int"))
-        allowed = get_args(kind.model_fields["bits"].annotation)
-        if step["bits"] not in allowed:
-            names = ", ".join(f"int{bits}" for bits in allowed)
-            raise ConfigError(f"--precision {args.precision}: {args.algorithm} does not do that; it does {names}")
     data = read_data(args)
     if data is not None and "data" not in kind.model_fields:
-        raise ConfigError(f"--algorithm {args.algorithm} uses no data; drop the data options or use --algorithm awq")
+        raise ConfigError(f"--algorithm {algorithm} uses no data; drop the data options or use --algorithm awq")
     if data is not None:
         step["data"] = data
     workflow = {"input_model": read_model(args, "olive quantize"), "passes": [step]}

@@ -116,7 +116,7 @@ def _check_tensors(checkpoint: Checkpoint, arch: Architecture) -> int:
             raise ConfigError(f"{where}: tensor {name} has no place in the family {arch.name}"
                               f"{did_you_mean(name, allowed) if len(allowed) < 40 else ''}")  # fmt: skip
     for module in checkpoint.quantized:
-        if f"{module}.weight" not in allowed:
+        if f"{module}.weight" not in allowed and not (arch.tied and module == HEAD):
             raise ConfigError(f"{where}: quantized module {module} has no place in the family {arch.name}")
     _check_shapes(checkpoint, arch)
     return len(linears) + (1 if arch.tied else 2)

@@ -17,7 +17,7 @@ from torch import Tensor
 from olive.decoder import weights
 from olive.decoder.graph import Graph
 from olive.decoder.options import BITS, Options
-from olive.quant.affine import QuantizedWeight
+from olive.quant.affine import QuantizedWeight, concatenate
 from olive.quant.formats.checkpoint import Checkpoint
 
 log = logging.getLogger("olive")
@@ -95,7 +95,7 @@ class Linears:
         offset = None if bias is None else self.graph.weight(f"{name}.bias", bias.numpy())
         integers = [p for p in parts if isinstance(p, QuantizedWeight)]
         if integers:
-            stored = self.store(name, weights.concatenate(integers))
+            stored = self.store(name, concatenate(integers))
             return self.multiply(x, stored, name, bias=offset)
         floats = [p for p in parts if isinstance(p, Tensor)]
         k, n = floats[0].shape[1], sum(p.shape[0] for p in floats)

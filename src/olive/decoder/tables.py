@@ -48,7 +48,8 @@ class Tables:
 
     def _tied_head(self, x: ir.Value) -> ir.Value:
         linears = self.linears
-        if self._stored and self._stored.bits == self.head_bits:
+        held = EMBEDDINGS in linears.checkpoint.quantized  # its integers are those of the head, whatever is asked
+        if self._stored and (held or self._stored.bits == self.head_bits):
             linears.bits[HEAD] = self._stored.bits
             return linears.multiply(x, self._stored, HEAD)
         if self._float is None or self.head_bits is not None:  # asked for in two precisions: a table of its own

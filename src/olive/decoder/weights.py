@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olive.quant.affine import QuantizedWeight, fitting_group, pack_bits, round_to_nearest
+from olive.quant.affine import QuantizedWeight, concatenate, fitting_group, pack_bytes, round_to_nearest
 
 TILE = 1 << 20
 """Weights converted at once: their float32 copies (4 MB) stay in the processor's cache, which doubles speed."""
@@ -26,33 +26,23 @@ def round_weight(weight: Tensor, bits: int, group_size: int, *, symmetric: bool)
     return concatenate(parts)
 
 
-def concatenate(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Stack weights of the same K, bits and group size along N."""
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedWeight(
-        codes=torch.cat([p.codes for p in parts]),
-        scale=torch.cat([p.scale for p in parts]),
-        zero_point=torch.cat([p.zero_point for p in parts]),
-        bits=parts[0].bits,
-        symmetric=all(p.symmetric for p in parts),
-    )
-
-
 def regroup(weight: QuantizedWeight) -> QuantizedWeight | None:
-    """Give a weight groups that MatMulNBits takes (a power of two, 16 to 256) by repeating scales; None if none fits.
+    """Give a weight bits and groups that MatMulNBits and GatherBlockQuantized take; None if no group fits.
 
-    The integers and what they stand for stay as they are.
+    They take 2, 4 or 8 bits: codes of 3 bits are held in 4. They take groups of a power of two, 16 to 256: scales of
+    larger groups are repeated. The integers and what they stand for stay as they are.
     """
     size = weight.group_size
     block = next((b for b in (256, 128, 64, 32, 16) if size % b == 0), None)
+    bits = 4 if weight.bits == 3 else weight.bits
     if block is None:
         return None
-    if block == size:
+    if (bits, block) == (weight.bits, size):
         return weight
     scale = weight.scale.repeat_interleave(size // block, dim=1)  # [N, G] -> [N, G * S / block]
     zero_point = weight.zero_point.repeat_interleave(size // block, dim=1)
-    return QuantizedWeight(weight.codes, scale, zero_point, weight.bits, weight.symmetric)
+    # the middle of 3 bits is not the middle of 4, so that zero points have to be told
+    return QuantizedWeight(weight.codes, scale, zero_point, bits, weight.symmetric and bits == weight.bits)
 
 
 def blocks(weight: QuantizedWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -60,22 +50,12 @@ def blocks(weight: QuantizedWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray 
     [N, bytes], each row filled up to whole bytes; None where all of them are the middle code, the default.
     """
     n, groups = weight.scale.shape
-    codes = pack_bits(weight.codes, weight.bits).view(torch.uint8).view(n, groups, -1)  # [N, K] -> [N, G, S * bits / 8]
+    codes = pack_bytes(weight.codes, weight.bits).view(n, groups, -1)  # [N, K] -> [N, G, S * bits / 8]
     scale = weight.scale.float().contiguous().numpy()
     middle = 1 << (weight.bits - 1)
     if bool((weight.zero_point == middle).all()):
         return codes.numpy(), scale, None
-    return codes.numpy(), scale, _pack_rows(weight.zero_point.numpy(), weight.bits)
-
-
-def _pack_rows(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack uint8 [N, G] low bits first into [N, ceil(G * bits / 8)]."""
-    per_byte = 8 // bits
-    if per_byte == 1:
-        return values
-    n, groups = values.shape
-    full = np.pad(values, ((0, 0), (0, -groups % per_byte))).reshape(n, -1, per_byte)  # [N, G] -> [N, bytes, per_byte]
-    return np.bitwise_or.reduce(full << (np.arange(per_byte, dtype=np.uint8) * bits), axis=-1).astype(np.uint8)
+    return codes.numpy(), scale, pack_bytes(weight.zero_point, weight.bits).numpy()
 
 
 def float_rows(weight: Tensor) -> Iterator[np.ndarray]:

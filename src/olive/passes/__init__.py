@@ -12,8 +12,13 @@ if TYPE_CHECKING:
 
 PASSES = {
     "rtn": "olive.passes.rtn:Rtn",
+    "kquant": "olive.passes.kquant:Kquant",
+    "hqq": "olive.passes.hqq:Hqq",
     "awq": "olive.passes.awq:Awq",
     "gptq": "olive.passes.gptq:Gptq",
+    "tune": "olive.passes.tune:Tune",
+    "best": "olive.passes.best:Best",
+    "rotate": "olive.passes.rotate:Rotate",
     "dequantize": "olive.passes.dequantize:Dequantize",
     "lora": "olive.passes.lora:Lora",
     "decoder": "olive.passes.decoder:Decoder",

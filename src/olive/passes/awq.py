@@ -11,13 +11,11 @@ if TYPE_CHECKING:
 
 
 class Awq(Calibrated, sources=("olive.passes.awq", "olive.quant.awq")):
-    """Scale input channels and clip ranges so that rounding to 4 bits changes the layers' outputs least on calibration
-    data (AWQ, arXiv 2306.00978, 2023)."""
+    """Scale input channels and clip ranges so that rounding changes the layers' outputs least on calibration data (AWQ,
+    arXiv 2306.00978, 2023)."""
 
-    bits: Literal[4] = 4
-    """Bits per weight; AWQ is for 4."""
-    format: Literal["awq", "gptq"] = "awq"
-    """Layout of the checkpoint: awq (AWQ GEMM) or gptq."""
+    format: Literal["awq", "gptq", "compressed-tensors", "olive"] = "awq"
+    """Layout of the checkpoint: awq (AWQ GEMM, 4 bits only), gptq, compressed-tensors (pack-quantized) or olive."""
 
     def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
         """Scale where it folds, then clip and round."""

@@ -18,6 +18,8 @@ class Context:
 
     out: Path
     """Empty folder; the pass writes nothing else."""
+    input_key: str
+    """Key of the model that the pass gets."""
     scratch: Path
     """Folder keyed like the step that survives a kill; removed once the step is done."""
     target: Target
@@ -65,6 +67,10 @@ class Pass(Config):
         cls.libraries = (*cls.libraries, *libraries)
         cls.targets = targets or cls.targets
         cls.changes_model = cls.changes_model if changes_model is None else changes_model
+
+    def missing(self) -> bool:
+        """Tell whether something besides the output is asked for and not there: a cached output is not enough."""
+        return False
 
     def run(self, model: Model, ctx: Context) -> Model:
         """Turn ``model`` into a new model under ``ctx.out``."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import model_validator
 
 from olive.data.spec import DataSpec
 from olive.model import Model
@@ -11,77 +16,242 @@ from olive.passes.base import Context
 from olive.passes.quantizer import Quantizer, float_source
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from olive.quant.formats.writer import CheckpointWriter
     from olive.quant.layer import Layer, Results
+    from olive.quant.sites import Site
+    from olive.quant.statistics import SavedStatistics, StatisticsWriter
+    from olive.runtime.layers import Batch, LayeredModel
 
 CALIBRATION_WINDOWS = 128
+TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens that are run through a layer at once."""
 
 
 class Calibrated(
     Quantizer,
-    sources=("olive.passes.calibrated", "olive.quant.layer", "olive.quant.sites", "olive.data"),
+    sources=(
+        "olive.passes.calibrated",
+        "olive.passes.streamed",
+        "olive.quant.layer",
+        "olive.quant.sites",
+        "olive.quant.statistics",
+        "olive.data",
+    ),
     libraries=("tokenizers",),
 ):
     """Base of the quantizers that are fitted to data; not a pass by itself."""
 
-    data: DataSpec = DataSpec()
+    data: DataSpec | None = DataSpec()
     """Calibration data; by default a small shipped text."""
+    statistics: str | None = None
+    """Folder of statistics that an earlier run saved; they take the place of the data."""
+    save_statistics: str | None = None
+    """New folder for the statistics of the float model's inputs, which serve other algorithms and settings."""
 
     sequential: ClassVar[bool] = False
     """Each layer sees what the layers before it give once they are quantized, so that it can make up for them."""
+    targeted: ClassVar[bool] = False
+    """The quantizer also sees what each layer of the float model gives."""
+    tokens_per_step: ClassVar[int | None] = None
+    """Tokens in a batch; None: as many as are quickest."""
 
     def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
         """Quantize one layer's linears; ``groups`` gives bits and group size by name, None where one stays float."""
         raise NotImplementedError
 
-    def run(self, model: Model, ctx: Context) -> Model:
-        import torch
+    @model_validator(mode="after")
+    def _one_source(self) -> Calibrated:
+        if self.statistics is not None and self.data not in (None, DataSpec()):
+            raise ValueError("statistics: they take the place of the data; give one of the two")
+        if self.save_statistics is not None and (self.sequential or self.statistics is not None):
+            why = "they are read already" if self.statistics else "this algorithm's inputs follow the quantized layers"
+            raise ValueError(f"save_statistics: {why}; save them with awq or kquant")
+        return self
 
-        from olive.data.samples import windows
-        from olive.quant.formats.checkpoint import longest
+    def missing(self) -> bool:
+        return self.save_statistics is not None and not Path(self.save_statistics).exists()
+
+    def run(self, model: Model, ctx: Context) -> Model:
+        from olive.passes.streamed import write_rest
         from olive.quant.formats.writer import CheckpointWriter
-        from olive.quant.layer import Layer
-        from olive.runtime.layers import LayeredModel, decoder_linears
-        from olive.runtime.torch_model import load_tokenizer
+        from olive.quant.statistics import SavedStatistics, StatisticsWriter
 
         source, meta = float_source(model)
-        shapes = {name: (m.out_features, m.in_features) for name, m in decoder_linears(meta).items()}
-        groups = self.groups(shapes, ctx)
-        limits = {
-            "max_samples": self.data.max_samples or CALIBRATION_WINDOWS,
-            "max_seq_len": min(self.data.max_seq_len, longest(source.config)),
-        }
-        spec = self.data.model_copy(update=limits)
-        ids = windows(spec, load_tokenizer(model.path, model.trust_remote_code))
+        groups = self.groups(meta, ctx)
+        layered, identity = _open(source, meta, ctx)
+        known = SavedStatistics(Path(self.statistics), identity) if self.statistics is not None else None
+        ids = known.ids if known is not None else calibration_windows(self.data or DataSpec(), model)
         ctx.note(calibration_rows=len(ids), calibration_tokens=ids.numel())
-        on_gpu = ctx.compute_device == "cuda"
-        if on_gpu:  # bfloat16 inputs are exact in TF32; the searches compare sums of thousands of products
-            torch.set_float32_matmul_precision("high")
-        dtype = torch.bfloat16 if on_gpu else torch.float32
-        layered = LayeredModel(source, meta, dtype=dtype, device=ctx.compute_device)
-        probe = layered.start(ids[:1, :16], 1)[0]
-        batches = layered.start(ids, max(1, (16384 if on_gpu else 2048) // ids.shape[1]))
-        writer = CheckpointWriter(model.path, ctx.out, 4 * len(source.float_names))
-        errors: dict[str, float] = {}
-        for index, name, block in layered.layers():
-            own = {n.removeprefix(name + "."): g for n, g in groups.items() if n.startswith(name + ".")}
-            forward = layered.run_through if self.sequential else layered.advance
-            layer = Layer(block, source.dtype(), self.symmetric)
-            layer.look(partial(layered.apply, index, block, probe), layered.head_dim())
-            layer.collect(partial(forward, index, block, batches))
-            results = self.quantize(layer, own)
-            for module, (weight, error) in results.items():
-                writer.quantized(f"{name}.{module}", weight, self.format)
-                errors[f"{name}.{module}"] = error
-            for parameter, tensor in block.named_parameters():
-                if parameter.removesuffix(".weight") not in results:
-                    writer.tensor(f"{name}.{parameter}", tensor.to(source.stored_dtype(f"{name}.{parameter}")))
-            if self.sequential:
-                layer.put(results, dtype)
-                layered.advance(index, block, batches)
-            ctx.progress("quantize", index + 1, len(layered.blocks))
-        for name in source.float_names:
-            if not name.startswith(layered.prefix + "."):
-                writer.tensor(name, source.weight(name))
-        writer.close(self.config(source.config, groups))
-        ctx.note(relative_output_error={n: round(e, 6) for n, e in errors.items()})
+        # Layers that a killed run has finished are kept, unless their statistics are wanted too.
+        scratch = ctx.scratch if self.save_statistics is None else None
+        writer = CheckpointWriter(model.path, ctx.out, 4 * len(source.float_names), scratch=scratch)
+        kept = StatisticsWriter(Path(self.save_statistics), identity, ids) if self.save_statistics else nullcontext()
+        with kept as keeper:
+            work = LayerByLayer(self, layered, source, writer, known, keeper, ctx)
+            work.start(ids, _rows_per_batch(ctx, ids, self.tokens_per_step))
+            for index, name, block in layered.layers():
+                own = {n.removeprefix(name + "."): g for n, g in groups.items() if n.startswith(name + ".")}
+                work.layer(index, name, block, own)
+                work.tick(index + 1)
+        write_rest(source, writer, groups, layered.prefix, self, ctx.compute_device)
+        writer.close(self.config(source.config, groups, meta))
+        ctx.note(layers=work.facts())
         return Model("hf", ctx.out)
+
+
+def calibration_windows(data: DataSpec, model: Model) -> Tensor:
+    """Return the calibration rows of ``data``, int64 [rows, T]."""
+    from olive.data.samples import windows
+    from olive.quant.formats.checkpoint import longest, read_config
+    from olive.runtime.torch_model import load_tokenizer
+
+    limits = {
+        "max_samples": data.max_samples or CALIBRATION_WINDOWS,
+        "max_seq_len": min(data.max_seq_len, longest(read_config(model.path))),
+    }
+    return windows(data.model_copy(update=limits), load_tokenizer(model.path, model.trust_remote_code))
+
+
+def gather(model: Model, ctx: Context, ids: Tensor, folder: Path) -> None:
+    """Write the statistics of the float model's inputs on the rows ``ids`` into the new ``folder``."""
+    from olive.quant.layer import Layer
+    from olive.quant.statistics import StatisticsWriter
+
+    source, meta = float_source(model)
+    layered, identity = _open(source, meta, ctx)
+    probe = layered.start(ids[:1, :16], 1)[0]
+    batches = layered.start(ids, _rows_per_batch(ctx, ids))
+    with StatisticsWriter(folder, identity, ids) as keeper:
+        for index, name, block in layered.layers():
+            layer = Layer(name, block, source.dtype(), symmetric=False)
+            layer.look(partial(layered.apply, index, block, probe), layered.head_dim())
+            with layer.watching() as count:
+                layered.advance(index, block, batches, count)
+            layer.save(keeper)
+            ctx.progress("statistics", index + 1, len(layered.blocks))
+
+
+def _open(source: Any, meta: Any, ctx: Context) -> tuple[LayeredModel, dict[str, str]]:
+    """Return the model, to be run layer by layer where the pass computes, and what its statistics depend on."""
+    import torch
+
+    from olive.runtime.layers import LayeredModel
+
+    devices, dtype = [ctx.compute_device], torch.float32
+    if ctx.compute_device == "cuda":  # bfloat16 inputs are exact in TF32; the searches compare sums of thousands
+        torch.set_float32_matmul_precision("high")
+        devices, dtype = [f"cuda:{i}" for i in range(torch.cuda.device_count())], torch.bfloat16
+    identity = {"model": ctx.input_key, "arithmetic": f"{dtype} on {ctx.compute_device}"}
+    return LayeredModel(source, meta, dtype=dtype, devices=devices), identity
+
+
+def _rows_per_batch(ctx: Context, ids: Tensor, tokens: int | None = None) -> int:
+    return max(1, (tokens or TOKENS[ctx.compute_device]) // ids.shape[1])
+
+
+class LayerByLayer:
+    """A calibrated quantizer at work on one decoder layer after the other."""
+
+    def __init__(
+        self,
+        quantizer: Calibrated,
+        layered: LayeredModel,
+        source: Any,
+        writer: CheckpointWriter,
+        known: SavedStatistics | None,
+        keeper: StatisticsWriter | None,
+        ctx: Context,
+    ) -> None:
+        self.quantizer, self.layered, self.source, self.writer = quantizer, layered, source, writer
+        self.known, self.keeper, self.ctx = known, keeper, ctx
+        self.sites: dict[Any, list[Site]] = {}
+        self.batches: list[Batch] = []
+        self.floats: list[Batch] = []
+
+    def start(self, ids: Tensor, rows_per_batch: int) -> None:
+        """Embed the calibration rows, as far as the quantizer needs them."""
+        self.probe = self.layered.start(ids[:1, :16], 1)[0]
+        if self.known is None or self.quantizer.sequential:
+            self.batches = self.layered.start(ids, rows_per_batch)
+        if self.quantizer.targeted:
+            self.floats = self.layered.start(ids, rows_per_batch)
+
+    def layer(self, index: int, name: str, block: nn.Module, groups: dict[str, Any]) -> None:
+        """Quantize one layer and write it, or take it over from a killed run; then let the rows pass through it."""
+        from olive.quant.layer import Layer, Rows
+
+        began, sequential = perf_counter(), self.quantizer.sequential
+        advance = partial(self.layered.advance, index, block)
+        self.layered.advance(index, block, self.floats)
+        if name in self.writer.shards.marks:
+            if sequential:
+                self._recall(name, block, groups)
+            advance(self.batches)
+            return
+        layer = Layer(name, block, self.source.dtype(), self.quantizer.symmetric)
+        self._look(layer, index)
+        if self.known is not None and not sequential:
+            device = self.layered.device
+            layer.statistics = {site: self.known.get(layer.input_name(site), device) for site in layer.sites}
+        else:
+            with layer.watching() as count:
+                (self.layered.run_through if sequential else self.layered.advance)(index, block, self.batches, count)
+        if self.keeper is not None:
+            layer.save(self.keeper)
+        block.float()
+        layer.check()
+        layer.rows = Rows(
+            len(self.batches),
+            lambda i: self.layered.apply(index, block, self.batches[i]),
+            lambda i: self.floats[i].hidden,
+            lambda share: self.tick(index + share),
+            self.ctx.seed,
+        )
+        results = self.quantizer.quantize(layer, groups)
+        for module, result in results.items():
+            self.writer.quantized(f"{name}.{module}", result.weight, self.quantizer.format)
+        for parameter, tensor in block.named_parameters():
+            if parameter.removesuffix(".weight") not in results:
+                full = f"{name}.{parameter}"
+                self.writer.tensor(full, tensor.to(self.source.stored_dtype(full)))
+        seconds = round((perf_counter() - began) / max(len(results), 1), 4)
+        self.writer.shards.mark(name, {f"{name}.{n}": r.facts() | {"seconds": seconds} for n, r in results.items()})
+        if sequential:
+            layer.put(results, self.layered.dtype)
+            advance(self.batches)
+
+    def tick(self, layers: float) -> None:
+        """Tell how many layers are done."""
+        self.ctx.progress("quantize", round(100 * layers), 100 * len(self.layered.blocks))
+
+    def _look(self, layer: Layer, index: int) -> None:
+        """Find a layer's sites, or take those of an earlier one that is made alike."""
+        made = (type(layer.block), *((name, tuple(p.shape)) for name, p in layer.block.named_parameters()))
+        if made not in self.sites:
+            layer.look(partial(self.layered.apply, index, layer.block, self.probe), self.layered.head_dim())
+            self.sites[made] = layer.sites
+        layer.sites = self.sites[made]
+
+    def _recall(self, name: str, block: nn.Module, groups: dict[str, Any]) -> None:
+        """Give a layer the weights that a killed run wrote for it."""
+        from olive.quant.formats import FORMATS
+
+        shards, method = self.writer.shards, FORMATS[self.quantizer.format]
+        written = set(shards.names())
+        for parameter, value in block.named_parameters():
+            full, module = f"{name}.{parameter}", parameter.removesuffix(".weight")
+            if full in written:
+                value.copy_(shards.read(full))
+            else:
+                names = {part: f"{name}.{module}.{part}" for part in method.PARTS}
+                parts = {part: shards.read(name) for part, name in names.items() if name in written}
+                group, linear = groups[module], f"{name}.{module}"
+                settings = method.settings(group.bits, group.group_size, self.quantizer.symmetric, {linear: group})
+                weight = method.unpack(parts, method.module_settings(settings, linear), linear)
+                value.copy_(weight.dequantize())
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the report tells of each linear layer."""
+        return {linear: facts for layer in self.writer.shards.marks.values() for linear, facts in layer.items()}

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from olive.quant.layer import Layer, Results
 
 
-class Gptq(Calibrated, sources=("olive.passes.gptq", "olive.quant.gptq", "olive.quant.awq")):
+GPTQ = ("olive.quant.gptq", "olive.quant.columns", "olive.quant.kernels", "olive.quant.awq")
+"""The modules that decide what GPTQ gives."""
+
+
+class Gptq(Calibrated, sources=("olive.passes.gptq", *GPTQ)):
     """Round column by column, each error made up for by the columns that follow and each layer for those before it
     (GPTQ, arXiv 2210.17323, 2022), with ranges clipped where that lowers the output error."""
 

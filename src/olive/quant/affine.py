@@ -5,6 +5,7 @@ Shape letters: N out channels, K in channels, S group size, G = K / S groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,19 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int, *, symmetric: b
     return quantize(weight, scale, zero_point, bits, symmetric=symmetric)
 
 
+def concatenate(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Stack weights of the same K, bits and group size along N."""
+    if len(parts) == 1:
+        return parts[0]
+    return QuantizedWeight(
+        codes=torch.cat([p.codes for p in parts]),
+        scale=torch.cat([p.scale for p in parts]),
+        zero_point=torch.cat([p.zero_point for p in parts]),
+        bits=parts[0].bits,
+        symmetric=all(p.symmetric for p in parts),
+    )
+
+
 def fitting_group(k: int, group_size: int) -> int | None:
     """Return the group size for K input channels: the one asked for (-1: all of K), else the largest power of two
     of at least 16 that divides K and is not above it, else None."""
@@ -97,20 +111,47 @@ def fitting_group(k: int, group_size: int) -> int | None:
     return smaller if smaller >= 16 else None
 
 
+def pack_bytes(values: Tensor, bits: int) -> Tensor:
+    """Pack uint8 values [..., M] as one stream of bits per row, low bits first: uint8 [..., ceil(M * bits / 8)].
+
+    ``bits`` is 2, 3, 4 or 8; what is left of a row's last byte is 0.
+    """
+    m = values.shape[-1]
+    unit = 8 if bits == 3 else 8 // bits  # so many values fill whole bytes
+    parts = torch.nn.functional.pad(values, (0, -m % unit)).unflatten(-1, (-1, unit))  # [..., M] -> [..., M/unit, unit]
+    if bits == 3:
+        words = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=values.device)
+        for i in range(unit):
+            words |= parts[..., i].to(torch.int32) << (i * bits)
+        packed = torch.stack([(words >> shift).to(torch.uint8) for shift in (0, 8, 16)], dim=-1).flatten(-2)
+    else:
+        packed = parts[..., 0].clone()
+        for i in range(1, unit):
+            packed |= parts[..., i] << (i * bits)
+    return packed[..., : -(-m * bits // 8)].contiguous()
+
+
+def unpack_bytes(packed: Tensor, bits: int, count: int | None = None) -> Tensor:
+    """Invert :func:`pack_bytes`: uint8 [..., B] to uint8 [..., count], by default all that B bytes hold."""
+    count = packed.shape[-1] * 8 // bits if count is None else count
+    if bits == 3:
+        padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 3)).unflatten(-1, (-1, 3)).to(torch.int32)
+        words = padded[..., 0] | padded[..., 1] << 8 | padded[..., 2] << 16
+        parts = [((words >> (i * bits)) & 7).to(torch.uint8) for i in range(8)]
+    else:
+        parts = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)[..., :count].contiguous()
+
+
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Pack uint8 values [..., M] low bits first into int32 [..., M * bits / 32] (little endian)."""
-    per_byte = 8 // bits
-    parts = values.view(*values.shape[:-1], -1, per_byte)
-    packed = parts[..., 0].clone()
-    for i in range(1, per_byte):
-        packed |= parts[..., i] << (i * bits)
-    return packed.contiguous().view(torch.int32)
+    """Pack uint8 values [..., M] low bits first into int32 [..., ceil(M * bits / 32)] (little endian).
+
+    Three bits run on across words, 32 values in 3 words.
+    """
+    packed = pack_bytes(values, bits)
+    return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
 
 
-def unpack_bits(packed: Tensor, bits: int) -> Tensor:
-    """Invert :func:`pack_bits`: int32 [..., W] to uint8 [..., W * 32 / bits]."""
-    raw = packed.contiguous().view(torch.uint8)
-    if bits == 8:
-        return raw.clone()
-    parts = [(raw >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
-    return torch.stack(parts, dim=-1).flatten(-2)
+def unpack_bits(packed: Tensor, bits: int, count: int | None = None) -> Tensor:
+    """Invert :func:`pack_bits`: int32 [..., W] to uint8 [..., count], by default all that W words hold."""
+    return unpack_bytes(packed.contiguous().view(torch.uint8), bits, count)

@@ -20,6 +20,8 @@ from olive.quant.layer import InputStatistics, Layer, output_error
 SCALE_GRID = 20
 CLIP_GRID = 20
 CLIP_TO = 0.5
+SEARCH_ROWS = 2048
+"""Rows of a weight, evenly taken, that the search of input scales looks at; the scale is one for all rows."""
 
 
 def search_scale(
@@ -85,9 +87,13 @@ def scale_inputs(layer: Layer, groups: Mapping[str, Any]) -> None:
             continue
         group = groups[read[0]]
         scale = search_scale(
-            [layer.weight(name) for name in read],
+            [_some_rows(layer.weight(name)) for name in read],
             layer.statistics[site],
             partial(round_to_nearest, bits=group.bits, group_size=group.group_size, symmetric=layer.symmetric),
             site.fold.channel_scale,
         )
         layer.scale(site, scale)
+
+
+def _some_rows(weight: Tensor) -> Tensor:
+    return weight[:: max(1, len(weight) // SEARCH_ROWS)]

@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from olive.errors import PassError
 from olive.quant.affine import QuantizedWeight, round_to_nearest
+from olive.quant.kquant import kquant
 from olive.quant.sites import Site, find_sites
+from olive.quant.statistics import InputStatistics, StatisticsWriter
+from olive.quant.tune import tune
 
-Results = dict[str, tuple[QuantizedWeight, float]]
-"""By linear: its integers and its relative output error, ||dW x||^2 / ||W x||^2."""
+
+@dataclass(frozen=True)
+class Result:
+    """One linear layer's integers and how it came to them."""
+
+    weight: QuantizedWeight
+    before: float
+    """Relative output error ||dW x||^2 / ||W x||^2 of rounding to nearest; nan where no input was seen."""
+    after: float
+    """The same of ``weight``."""
+    fallback: str | None = None
+    """Why another algorithm was used than the one asked for."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the report tells."""
+        found: dict[str, Any] = {"bits": self.weight.bits, "group_size": self.weight.group_size}
+        found |= {"error_rounding": round(self.before, 6), "error": round(self.after, 6)}
+        return found | ({"fallback": self.fallback} if self.fallback else {})
 
 
-@dataclass
-class InputStatistics:
-    """What the searches need to know about one input tensor."""
-
-    gram: Tensor
-    """float32 [K, K]: sum over tokens of x x^T."""
-    absolute: Tensor
-    """float32 [K]: sum over tokens of abs(x)."""
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, k: int, device: str | torch.device) -> InputStatistics:
-        """Start with no tokens."""
-        return cls(torch.zeros(k, k, device=device), torch.zeros(k, device=device))
-
-    def add(self, x: Tensor) -> None:
-        """Count the rows of ``x`` [..., K]."""
-        x = x.reshape(-1, x.shape[-1]).float()  # [B, T, K] -> [B * T, K]
-        self.gram.addmm_(x.t(), x)
-        self.absolute += x.abs().sum(0)
-        self.tokens += len(x)
-
-    def rescale(self, scale: Tensor) -> None:
-        """Account for channels divided by ``scale`` [K]."""
-        self.gram /= scale[:, None] * scale[None, :]
-        self.absolute /= scale
-
-    def mean_gram(self) -> Tensor:
-        """Return G = X^T X / T."""
-        return self.gram / max(self.tokens, 1)
-
-    def mean_absolute(self) -> Tensor:
-        """Return the mean of abs(x) per channel."""
-        return self.absolute / max(self.tokens, 1)
+Results = dict[str, Result]
 
 
 def output_error(change: Tensor, gram: Tensor) -> Tensor:
@@ -58,39 +46,88 @@ def output_error(change: Tensor, gram: Tensor) -> Tensor:
 
 
 class Rounding(Protocol):
-    """A way to quantize one weight [N, K], given the Gram matrix [K, K] of its input."""
+    """A way to quantize one weight [N, K], row by row, given the Gram matrix [K, K] of its input."""
 
     def __call__(
         self, weight: Tensor, gram: Tensor, bits: int, group_size: int, *, symmetric: bool
     ) -> QuantizedWeight: ...
 
 
+def few_tokens(k: int) -> int:
+    """Return how many tokens are too few to fit K input channels to."""
+    return max(32, min(k // 8, 512))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The calibration rows as a layer sees them, in batches."""
+
+    batches: int
+    run: Callable[[int], Tensor]
+    """Runs the layer on a batch, by its number: [B, T, K]."""
+    target: Callable[[int], Tensor]
+    """What the float model's layer gives for a batch [B, T, K]."""
+    tick: Callable[[float], None]
+    """Told the share of the layer's work that is done."""
+    seed: int
+
+
 class Layer:
     """A decoder layer. Its forward runs in its own type; all arithmetic on its weights is float32."""
 
-    def __init__(self, block: nn.Module, stored: torch.dtype, symmetric: bool) -> None:
+    def __init__(self, name: str, block: nn.Module, stored: torch.dtype, symmetric: bool) -> None:
         """``stored``: the type that norms are kept in; ``symmetric``: codes are centred on zero."""
-        self.block, self.stored, self.symmetric = block, stored, symmetric
+        self.name, self.block, self.stored, self.symmetric = name, block, stored, symmetric
         self.sites: list[Site] = []
         self.statistics: dict[Site, InputStatistics] = {}
+        self.rows: Rows | None = None
 
     def look(self, probe: Callable[[], Tensor], head_dim: int | None) -> None:
         """Find the sites; ``probe`` runs the layer on a small input."""
-        self.sites = find_sites(self.block, probe, head_dim)
+        with torch.no_grad():
+            self.sites = find_sites(self.block, probe, head_dim)
 
-    def collect(self, forward: Callable[[], None]) -> None:
-        """Gather the statistics of every site's input while ``forward`` runs; then make the weights float32."""
-        hooks = []
+    @contextmanager
+    def watching(self) -> Iterator[Callable[..., None]]:
+        """Gather the statistics of every site's input. Yields what has to be called after each run of the layer that
+        counts: a run that fails half-way does not."""
+        pending: dict[Site, Tensor] = {}
+        hooks = [self.block.register_forward_pre_hook(lambda *_: pending.clear())]
         for site in self.sites:
             first: Any = self.block.get_submodule(site.linears[0])
-            seen = self.statistics[site] = InputStatistics.empty(first.in_features, first.weight.device)
-            hooks.append(first.register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0])))
+            self.statistics[site] = InputStatistics(first.in_features, first.weight.device)
+            hooks.append(first.register_forward_pre_hook(_keep(pending, site)))
+
+        def count(*_: Any) -> None:
+            for site in list(pending):
+                self.statistics[site].add(pending.pop(site))
+
         try:
-            forward()
+            yield count
         finally:
             for hook in hooks:
                 hook.remove()
-        self.block.float()
+
+    def input_name(self, site: Site) -> str:
+        """Name a site's input by the first linear that reads it."""
+        return f"{self.name}.{site.linears[0]}"
+
+    def save(self, writer: StatisticsWriter) -> None:
+        """Keep the statistics on disk."""
+        for site, statistics in self.statistics.items():
+            writer.add(self.input_name(site), statistics)
+
+    def check(self) -> None:
+        """Refuse weights or inputs that hold NaN or infinity."""
+        for site in self.sites:
+            for name in site.linears:
+                if not bool(torch.isfinite(self.weight(name)).all()):
+                    raise PassError(f"{self.name}.{name}: its weight holds NaN or infinity; mend the checkpoint")
+            if not bool(torch.isfinite(self.statistics[site].sums()[1]).all()):
+                raise PassError(
+                    f"{self.input_name(site)}: its input holds NaN or infinity on the calibration data; the "
+                    "model overflows there: check it in float32, or leave the data out that does it"
+                )
 
     def weight(self, name: str) -> Tensor:
         """Return a linear's weight [N, K]."""
@@ -106,24 +143,75 @@ class Layer:
         self.statistics[site].rescale(applied)
 
     def round(self, groups: Mapping[str, Any], rounding: Rounding) -> Results:
-        """Quantize every linear that ``groups`` gives bits and a group size."""
+        """Quantize every linear that ``groups`` gives bits and a group size; what reads one input goes together."""
+        results: Results = {}
+        for site in self.sites:
+            together: dict[Any, list[str]] = {}
+            for name in site.linears:
+                if groups.get(name):
+                    together.setdefault(groups[name], []).append(name)
+            for group, names in together.items():
+                results |= self._round(names, site, group, rounding)
+        for name in (n for n, group in groups.items() if group and n not in results):
+            weight = kquant(self.weight(name), groups[name].bits, groups[name].group_size, symmetric=self.symmetric)
+            results[name] = Result(weight, float("nan"), float("nan"), "never ran")
+        return results
+
+    def _round(self, names: list[str], site: Site, group: Any, rounding: Rounding) -> Results:
+        statistics, settings = self.statistics[site], (group.bits, group.group_size)
+        gram, weights = statistics.mean_gram(), [self.weight(name) for name in names]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        starved = statistics.tokens < few_tokens(statistics.k)
+        if starved:
+            importance = gram.diagonal() if statistics.tokens else None
+            chosen = kquant(weight, *settings, symmetric=self.symmetric, importance=importance)
+        else:
+            chosen = rounding(weight, gram, *settings, symmetric=self.symmetric)
+        results: Results = {}
+        for name, own, part in zip(names, weights, split(chosen, [len(w) for w in weights]), strict=True):
+            size = output_error(own, gram).clamp(min=1e-12)
+            plain = round_to_nearest(own, *settings, symmetric=self.symmetric)
+            errors = [float(output_error(q.dequantize() - own, gram) / size) for q in (plain, part)]
+            fallback = f"only {statistics.tokens} tokens came by: rounded to searched ranges" if starved else None
+            results[name] = Result(part, errors[0], errors[1], fallback)
+        return results
+
+    def tune(self, start: Results, iterations: int, rate: float) -> Results:
+        """Tune rounding and scales of all linears together; see :mod:`olive.quant.tune`."""
+        assert self.rows is not None
+        weights = tune(
+            self.block,
+            {name: result.weight for name, result in start.items()},
+            self.rows,
+            iterations=iterations,
+            rate=rate,
+        )
         gram_of = {name: self.statistics[site].mean_gram() for site in self.sites for name in site.linears}
         results: Results = {}
-        for name, group in groups.items():
-            if group is None:
-                continue
-            weight, settings = self.weight(name), (group.bits, group.group_size)
-            if name not in gram_of:  # never ran (an expert that no token reached): no data to go by
-                results[name] = (round_to_nearest(weight, *settings, symmetric=self.symmetric), float("nan"))
-                continue
-            gram = gram_of[name]
-            chosen = rounding(weight, gram, *settings, symmetric=self.symmetric)
-            error = output_error(chosen.dequantize() - weight, gram) / output_error(weight, gram).clamp(min=1e-12)
-            results[name] = (chosen, float(error))
+        for name, weight in weights.items():
+            error = start[name].after
+            if name in gram_of:
+                own = self.weight(name)
+                size = output_error(own, gram_of[name]).clamp(min=1e-12)
+                error = float(output_error(weight.dequantize() - own, gram_of[name]) / size)
+            results[name] = replace(start[name], weight=weight, after=error)
         return results
 
     def put(self, results: Results, dtype: torch.dtype) -> None:
         """Let the layer compute with its rounded weights, in ``dtype``."""
-        for name, (weight, _) in results.items():
-            self.weight(name).copy_(weight.dequantize())
+        for name, result in results.items():
+            self.weight(name).copy_(result.weight.dequantize())
         self.block.to(dtype)
+
+
+def _keep(pending: dict[Site, Tensor], site: Site) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        pending[site] = args[0]
+
+    return hook
+
+
+def split(weight: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
+    """Cut a weight into parts of so many rows each."""
+    parts = zip(weight.codes.split(rows), weight.scale.split(rows), weight.zero_point.split(rows), strict=True)
+    return [QuantizedWeight(codes, scale, zeros, weight.bits, weight.symmetric) for codes, scale, zeros in parts]

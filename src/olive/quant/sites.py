@@ -4,12 +4,17 @@ A *site* is one input tensor and the linears that read it (q, k, v share one; ga
 input's channels costs nothing if what produces the input can divide its output by s: a norm's weight, or the rows of
 an earlier linear (v for o, up for down). Candidates are found by looking, and proved by running: a fold counts only if
 the layer's output stays the same. No module names are involved, so new architectures need no table.
+
+Modules of one kind that are numbered side by side (experts) are alike: what is found for one of them holds for all,
+also for those that the tokens at hand do not reach.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,8 +31,15 @@ class Fold:
     rows: Tensor
     """int64 [K]: the producer's channel behind each input channel; several may share one (grouped queries)."""
 
+    @cached_property
+    def shared(self) -> bool:
+        """Whether some channels have the same producer."""
+        return len(self.rows.unique()) < len(self.rows)
+
     def channel_scale(self, scale: Tensor) -> Tensor:
         """Average ``scale`` [K] over the channels that share a producer channel, so that it can be folded."""
+        if not self.shared:
+            return scale
         size = int(self.rows.max()) + 1
         rows = self.rows.to(scale.device)
         total = torch.zeros(size, device=scale.device).index_add_(0, rows, scale.log())
@@ -94,21 +106,49 @@ def find_sites(block: nn.Module, run: Callable[[], Tensor], head_dim: int | None
     for name in linears:
         if name in inputs:
             groups.setdefault((inputs[name].data_ptr(), inputs[name].numel()), []).append(name)
-    sites = []
+    sites: list[Site] = []
+    done: set[str] = set()
     order = list(inputs)  # execution order
     for (pointer, _), names in groups.items():
+        if names[0] in done:
+            continue
         k = linears[names[0]].in_features
         above = [n for n in norms if n in outputs and outputs[n].data_ptr() == pointer]
         candidates = [Fold(n, kind, torch.arange(k)) for n in above for kind in ("norm", "norm1")]
         if not candidates:
-            before = [n for n in order[: order.index(names[0])] if n in linears and n not in names]
+            others = {n for other in _siblings(block, names) for n in linears if n.startswith(other)}
+            before = [n for n in order[: order.index(names[0])] if n in linears and n not in {*names, *others}]
             candidates = [
                 fold for n in reversed(before) for fold in _row_folds(n, linears[n].out_features, k, head_dim)
             ]
-        sites.append(
-            Site(tuple(names), next((f for f in candidates if _proved(block, names, f, run, reference)), None))
-        )
-    return sites
+        site = Site(tuple(names), next((f for f in candidates if _proved(block, names, f, run, reference)), None))
+        alike = [site, *_for_siblings(block, site, linears)]
+        sites += alike
+        done |= {name for one in alike for name in one.linears}
+    return sites + [Site((name,), None) for name in linears if name not in done]
+
+
+def _siblings(block: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """If ``names`` all lie in one of several numbered modules of one kind, map the others' prefixes to its own."""
+    for match in re.finditer(r"(?<=\.)(\d+)\.", names[0]):
+        own, around = names[0][: match.end()], names[0][: match.start() - 1]
+        kind = type(block.get_submodule(own[:-1]))
+        numbered = [n for n, m in block.get_submodule(around).named_children() if n.isdigit() and type(m) is kind]
+        if len(numbered) > 1 and all(name.startswith(own) for name in names):
+            return {f"{around}.{n}.": own for n in numbered if f"{around}.{n}." != own}
+    return {}
+
+
+def _for_siblings(block: nn.Module, site: Site, linears: Mapping[str, nn.Linear]) -> Iterator[Site]:
+    """Yield the same site of the modules numbered beside the one that ``site`` lies in, where their shapes agree."""
+    for other, own in _siblings(block, site.linears).items():
+        names = {name: other + name.removeprefix(own) for name in site.linears}
+        fold = site.fold
+        if fold is not None:  # a producer outside feeds them all: it cannot be scaled for one of them
+            inside = fold.module.startswith(own)
+            fold = replace(fold, module=other + fold.module.removeprefix(own)) if inside else None
+        if all(new in linears and linears[new].weight.shape == linears[old].weight.shape for old, new in names.items()):
+            yield Site(tuple(names.values()), fold)
 
 
 def _row_folds(name: str, n: int, k: int, head_dim: int | None) -> list[Fold]:

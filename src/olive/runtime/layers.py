@@ -6,7 +6,8 @@ used for everything around the layers, so that any architecture that transformer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from olive.errors import ConfigError
 from olive.quant.formats.checkpoint import Checkpoint, read_config
-from olive.quant.formats.shards import find
+from olive.quant.formats.shards import Shards, ahead, find
+from olive.runtime.experts import Experts, fused_experts, routers, unfuse
+from olive.runtime.stored import under_model_names
 
 
 class Tensors(Protocol):
@@ -41,57 +44,144 @@ class Batch:
     """[B, T, K], the input of the next layer."""
     arguments: list[dict[str, Any]]
     """Per layer, what the model passes to it besides the hidden states (masks, position embeddings)."""
+    device: str
+    """Where the layers run on these rows."""
+
+    def to(self, device: str) -> Batch:
+        """Return the batch on another device."""
+        if device == self.device:
+            return self
+        ids, hidden, arguments = _each((self.ids, self.hidden, self.arguments), lambda tensor: tensor.to(device))
+        return Batch(ids, hidden, arguments, device)
+
+    def halves(self) -> list[Batch]:
+        """Split the rows in two."""
+        rows = len(self.ids)
+
+        def some(start: int, stop: int) -> Batch:
+            def cut(tensor: Tensor) -> Tensor:
+                return tensor[start:stop] if tensor.dim() and tensor.shape[0] == rows else tensor
+
+            ids, hidden, arguments = _each((self.ids, self.hidden, self.arguments), cut)
+            return Batch(ids, hidden, arguments, self.device)
+
+        return [some(0, rows // 2), some(rows // 2, rows)]
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """Build the model without memory for its parameters (on the meta device), ready for weights."""
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``change`` to every tensor in nested tuples, lists and dicts; the same tensor is changed once."""
+    done: dict[int, Tensor] = {}
+
+    def walk(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            if id(part) not in done:
+                done[id(part)] = change(part)
+            return done[id(part)]
+        if isinstance(part, dict):
+            return {key: walk(inner) for key, inner in part.items()}
+        return type(part)(walk(inner) for inner in part) if isinstance(part, (tuple, list)) else part
+
+    return walk(value)
+
+
+Watch = Callable[[Batch, Tensor], None]
+
+
+def _ignore(batch: Batch, out: Tensor) -> None:
+    """Watch nothing."""
+
+
+def auto_class(config: Any) -> Any:
+    """Return the transformers class that loads a model with its language head and all its towers."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # Some configurations serve a model that sees and its text half alike: the checkpoint says which of them it is.
+    text_alone = any(name.endswith("ForCausalLM") for name in getattr(config, "architectures", None) or ())
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees and not text_alone else AutoModelForCausalLM
+
+
+def unloadable(folder: Path, error: Exception) -> ConfigError:
+    """Say why transformers refuses a model."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    hint = "; if it comes with code of its own and you trust it, give trust_remote_code"
+    return ConfigError(f"{folder}: transformers cannot load this model: {reason}{hint}")
+
+
+def skeleton(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """Build the model without memory for its parameters (on the meta device), ready for weights.
+
+    Fused experts become linear layers that are called what the checkpoint calls them.
+    """
     from accelerate import init_empty_weights
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError, ImportError, StrictDataclassError) as error:
-        raise ConfigError(f"{folder}: transformers cannot build this model: {str(error).splitlines()[0]}") from None
+        with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds are computed, so kept real
+            given = {"dtype": dtype} if dtype else {}
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **given)
+    except (ValueError, KeyError, TypeError, OSError, ImportError, RuntimeError, StrictDataclassError) as error:
+        raise unloadable(folder, error) from error
+    _unfuse(model, folder)
     return model.eval()
 
 
+def _unfuse(model: nn.Module, folder: Path) -> None:
+    if fused_experts(model):
+        unfuse(model, Shards(find(folder)))
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the decoder layers: the longest list of alike modules that hold linear layers."""
-    found: tuple[str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        alike = len({type(layer) for layer in module}) == 1
-        linear = any(isinstance(part, nn.Linear) for part in module[0].modules())
-        if alike and linear and (found is None or len(module) > len(found[1])):
-            found = (name, module)
-    if found is None:
-        raise ConfigError(f"{type(model).__name__}: no list of decoder layers with Linear modules was found")
-    return found
+    """Find the decoder layers: in the text decoder, the longest list of alike modules that hold linear layers.
+
+    A list inside such a list (experts) does not count, and a vision tower may have more layers than the decoder.
+    """
+    whole: Any = model
+    for within in (whole.get_decoder() if hasattr(whole, "get_decoder") else whole, whole):
+        lists: dict[str, nn.ModuleList] = {}
+        for name, module in within.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{n}.") for n in lists):
+                alike = len({type(layer) for layer in module}) == 1
+                if alike and any(isinstance(part, nn.Linear) for part in module[0].modules()):
+                    lists[name] = module
+        if lists:
+            longest = max(lists.values(), key=len)
+            return next((name, longest) for name, module in model.named_modules() if module is longest)
+    raise ConfigError(f"{type(model).__name__}: no list of decoder layers with Linear modules was found")
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every Linear inside the decoder layers, by its full name."""
+    """Return every Linear inside the decoder layers, by its full name, but for those that choose experts."""
     prefix, layers = decoder_layers(model)
-    return {f"{prefix}.{name}": m for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
+    fused = [f"{prefix}.{name}" for name in fused_experts(layers)]
+    if fused:
+        raise ConfigError(
+            f"{type(model).__name__}: the experts of {fused[0]} ({type(model.get_submodule(fused[0])).__name__}) "
+            "compute something else than down(act(gate x) * up x) without biases, and nothing else can be quantized; "
+            "choose a model whose experts do that"
+        )
+    linears = {f"{prefix}.{name}": m for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
+    kept = routers(model)
+    return {name: m for name, m in linears.items() if name not in kept}
 
 
 class LoadedTensors:
     """The weights of a checkpoint that only transformers can read (renamed tensors, other files), all in memory."""
 
     def __init__(self, folder: Path, *, trust_remote_code: bool) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         self.folder, self.config = folder, read_config(folder)
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{folder}: transformers cannot load this model: {str(error).splitlines()[0]}") from None
+            raise unloadable(folder, error) from error
+        _unfuse(model, folder)
         seen: set[int] = set()
         self._state = {}
         for name, tensor in model.state_dict().items():
@@ -103,6 +193,14 @@ class LoadedTensors:
     def weight(self, name: str) -> Tensor:
         """Return a float tensor by its parameter name."""
         return self._state[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._state[name].shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return some rows of a float tensor."""
+        return self._state[name][start:stop]
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Type of a tensor in the checkpoint."""
@@ -117,11 +215,18 @@ class LoadedTensors:
 
 
 def open_tensors(folder: Path, model: Any, *, trust_remote_code: bool = False) -> Checkpoint | LoadedTensors:
-    """Open a checkpoint for streaming; where its names are not those of the model's layers, load it whole."""
+    """Open a checkpoint for streaming under the names of ``model``, built by :func:`skeleton`; where transformers has
+    to compute some of its tensors, load it whole."""
     if find(folder):
         checkpoint = Checkpoint(folder)
         model.tie_weights()
-        if all(name in checkpoint for name, _ in model.named_parameters()):
+        if checkpoint.method is not None and all(name in checkpoint for name, _ in model.named_parameters()):
+            return checkpoint
+        experts = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+        parts = dict(part for name, module in experts for part in module.parts(name))
+        tensors = under_model_names(checkpoint.tensors, model, parts) if checkpoint.method is None else None
+        if tensors is not None:
+            checkpoint.tensors, checkpoint.float_names = tensors, list(tensors)
             return checkpoint
     return LoadedTensors(folder, trust_remote_code=trust_remote_code)
 
@@ -131,12 +236,19 @@ class _AllSeen(Exception):
 
 
 class LayeredModel:
-    """Runs a causal language model layer by layer; see the module's docstring."""
+    """Runs a causal language model layer by layer; see the module's docstring.
 
-    def __init__(self, tensors: Tensors, model: Any, *, dtype: torch.dtype, device: str) -> None:
+    Batches of rows are dealt out to ``devices``, each of which gets a copy of the layer at hand; what lies outside the
+    layers is on the first.
+    """
+
+    def __init__(self, tensors: Tensors, model: Any, *, dtype: torch.dtype, devices: Sequence[str]) -> None:
         """Fill ``model``, built by :func:`skeleton`, with what lies outside its layers."""
-        self.tensors, self.model, self.dtype, self.device = tensors, model, dtype, device
+        self.tensors, self.model, self.dtype, self.devices = tensors, model, dtype, tuple(devices)
+        self.device = self.devices[0]
         self.prefix, self.blocks = decoder_layers(self.model)
+        self.offloaded = False
+        """Rows that are not being computed wait in main memory."""
         self._tuples = False
         inside = self.prefix + "."
         self.model.tie_weights()
@@ -147,33 +259,41 @@ class LayeredModel:
             if name in tensors:
                 buffer.data = tensors.weight(name).to(buffer.dtype)
             if not name.startswith(inside):
-                buffer.data = buffer.data.to(device)
+                buffer.data = buffer.data.to(self.device)
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, *, to_device: bool = True) -> Tensor:
         if name not in self.tensors:
             raise ConfigError(f"{self.tensors.folder}: the model needs a tensor {name}, which no weights file holds")
         tensor = self.tensors.weight(name)
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+        tensor = tensor.to(self.device) if to_device else tensor
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def layers(self) -> Iterator[tuple[int, str, nn.Module]]:
-        """Yield (index, name, module) of each layer with its weights in memory; they are dropped afterwards."""
-        for index, block in enumerate(self.blocks):
-            name = f"{self.prefix}.{index}"
-            names = [n for n, _ in block.named_parameters()]
-            block.load_state_dict({n: self._read(f"{name}.{n}") for n in names}, strict=False, assign=True)
+        """Yield (index, name, module) of each layer with its weights in memory; they are dropped afterwards. The next
+        layer's are read meanwhile."""
+
+        def read(index: int) -> dict[str, Tensor]:
+            names = [n for n, _ in self.blocks[index].named_parameters()]
+            return {n: self._read(f"{self.prefix}.{index}.{n}", to_device=False) for n in names}
+
+        states = ahead(read(index) for index in range(len(self.blocks)))
+        for (index, block), state in zip(enumerate(self.blocks), states, strict=True):
+            block.load_state_dict({n: t.to(self.device) for n, t in state.items()}, strict=False, assign=True)
             block.to(self.device)
             block.requires_grad_(False)
-            yield index, name, block
+            yield index, f"{self.prefix}.{index}", block
             block.load_state_dict({n: p.to("meta") for n, p in block.named_parameters()}, strict=False, assign=True)
 
     @torch.no_grad()
     def start(self, ids: Tensor, rows_per_batch: int) -> list[Batch]:
         """Embed ``ids`` [rows, T] and record what the model hands to each layer."""
         batches = []
-        for part in ids.split(rows_per_batch):
+        for number, part in enumerate(ids.split(rows_per_batch)):
             part = part.to(self.device)
-            batches.append(self._embed(part) or self._embed(part, tuples=True))
-        return [batch for batch in batches if batch is not None]
+            batch = self._embed(part) or self._embed(part, tuples=True)
+            assert batch is not None
+            batches.append(batch.to(self.devices[number % len(self.devices)]))
+        return batches
 
     def _embed(self, ids: Tensor, *, tuples: bool | None = None) -> Batch | None:
         self._tuples = self._tuples if tuples is None else tuples
@@ -192,7 +312,7 @@ class LayeredModel:
         shapes = {hidden.shape for hidden, _ in seen}
         if len(shapes) > 1:  # this model unpacks what a layer returns: layers return tuples
             return None
-        return Batch(ids, seen[0][0], [kwargs for _, kwargs in seen])
+        return Batch(ids, seen[0][0], [kwargs for _, kwargs in seen], self.device)
 
     def _run(self, ids: Tensor, forward: Callable[..., Any]) -> Tensor:
         """Run the model's own forward with every layer's replaced by ``forward``; returns the logits."""
@@ -204,29 +324,52 @@ class LayeredModel:
             for block in self.blocks:
                 del block.forward
 
-    @torch.no_grad()
     def apply(self, index: int, block: nn.Module, batch: Batch) -> Tensor:
         """Run one layer on a batch; returns its output [B, T, K] and leaves the batch as it is."""
-        out = block(batch.hidden, **batch.arguments[index])
+        out = block(batch.hidden.to(batch.device), **batch.arguments[index])
         return out[0] if isinstance(out, tuple) else out
 
-    def run_through(self, index: int, block: nn.Module, batches: list[Batch]) -> None:
-        """Run one layer on all batches, for those who watch; the batches stay as they are."""
-        for batch in batches:
-            self.apply(index, block, batch)
+    @torch.no_grad()
+    def run_through(self, index: int, block: nn.Module, batches: list[Batch], watch: Watch = _ignore) -> None:
+        """Run one layer on all batches, which stay as they are; ``watch`` is called with each and its output.
 
-    def advance(self, index: int, block: nn.Module, batches: list[Batch]) -> None:
+        Out of memory, a batch is halved; a single row that does not fit makes all rows wait in main memory.
+        """
+        copies = {device: copy.deepcopy(block).to(device) for device in self.devices[1:]}
+        at = 0
+        while at < len(batches):
+            batch = batches[at]
+            try:
+                watch(batch, self.apply(index, copies.get(batch.device, block), batch))
+                at += 1
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                if len(batch.ids) > 1:
+                    batches[at : at + 1] = batch.halves()
+                elif not self.offloaded:
+                    self.offloaded = True
+                    for other in batches:
+                        other.hidden = other.hidden.to("cpu")
+                else:
+                    raise
+
+    def advance(self, index: int, block: nn.Module, batches: list[Batch], watch: Watch = _ignore) -> None:
         """Run one layer on all batches: their hidden states become its output."""
-        for batch in batches:
-            batch.hidden = self.apply(index, block, batch)
+
+        def keep(batch: Batch, out: Tensor) -> None:
+            watch(batch, out)
+            batch.hidden = out.to("cpu") if self.offloaded else out
+
+        self.run_through(index, block, batches, keep)
 
     def head_dim(self) -> int | None:
         """Size of one attention head, as far as the configuration tells."""
-        config = self.model.config
+        config = self.model.config.get_text_config()
         heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
         return getattr(config, "head_dim", None) or (hidden // heads if heads and hidden else None)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Run what follows the layers on a batch's hidden states: logits [B, T, V]."""
-        return self._run(batch.ids, lambda *_, **__: (batch.hidden,) if self._tuples else batch.hidden)
+        hidden = batch.hidden.to(self.device)
+        return self._run(batch.ids.to(self.device), lambda *_, **__: (hidden,) if self._tuples else hidden)

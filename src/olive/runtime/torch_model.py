@@ -11,6 +11,8 @@ from torch import nn
 from olive.errors import ConfigError
 from olive.quant.formats.checkpoint import Checkpoint
 from olive.quant.linear import QuantLinear
+from olive.runtime.experts import fused_experts
+from olive.runtime.layers import auto_class, skeleton, unloadable
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py")
 
@@ -18,43 +20,41 @@ TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokeni
 def load(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", trust_remote_code: bool = False
 ) -> Any:
-    """Return a causal language model; linear layers that are quantized in the checkpoint become ``QuantLinear``."""
+    """Return a causal language model; linear layers that are quantized in the checkpoint become ``QuantLinear``,
+    quantized embeddings are dequantized."""
     checkpoint = Checkpoint(folder)
     if checkpoint.method is None:
-        model = _load_float(folder, dtype, trust_remote_code)
+        model = _load_float(checkpoint, dtype, trust_remote_code)
     else:
-        model = _load_quantized(checkpoint, dtype, trust_remote_code)
+        model = _fill(checkpoint, dtype, trust_remote_code)
     return model.eval().to(device)
 
 
-def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise _unloadable(folder, error) from error
-    # transformers fills a missing tensor with random numbers and only warns.
-    if info["missing_keys"]:
-        raise ConfigError(f"{folder}: tensor {min(info['missing_keys'])} is missing; fetch the checkpoint again")
-    return model
-
-
-def _load_quantized(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """Build the model without weights and fill it: transformers itself reads these layouts only on a GPU."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+def _load_float(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
 
     folder = checkpoint.folder
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        del config.quantization_config
-        with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds are computed, so kept real
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model, info = auto_class(config).from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise _unloadable(folder, error) from error
+        raise unloadable(folder, error) from error
+    # transformers fills a missing tensor with random numbers and only warns.
+    if info["missing_keys"]:
+        if fused_experts(model):  # of some families it does not know the experts by single names, as we write them
+            return _fill(checkpoint, dtype, trust_remote_code)
+        raise ConfigError(f"{folder}: tensor {min(info['missing_keys'])} is missing; fetch the checkpoint again")
+    return model
+
+
+def _fill(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """Build the model without weights and fill it: transformers itself reads these layouts only on a GPU."""
+    from transformers import GenerationConfig
+
+    folder = checkpoint.folder
+    model: Any = skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     for name in checkpoint.quantized:
         _replace(model, name, checkpoint, dtype)
     quantized_biases = {f"{name}.bias" for name in checkpoint.quantized}
@@ -64,6 +64,8 @@ def _load_quantized(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_cod
             tensor = checkpoint.tensors[name]
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     unused = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    if isinstance(model.get_output_embeddings(), QuantLinear):  # a head of its own, whatever config.json says
+        model.config.tie_word_embeddings = False
     model.tie_weights()
     empty = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if empty:
@@ -85,15 +87,12 @@ def _replace(model: nn.Module, name: str, checkpoint: Checkpoint, dtype: torch.d
         dense = model.get_submodule(name)
     except AttributeError:
         raise ConfigError(f"{where} has no place in {type(model).__name__}; config.json and weights disagree") from None
+    if isinstance(dense, nn.Embedding) and dense.weight.shape == (n, k):
+        dense.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
+        return
     if not isinstance(dense, nn.Linear) or (dense.out_features, dense.in_features) != (n, k):
         raise ConfigError(f"{where} does not fit the model's {dense!r}; config.json and weights disagree")
     model.set_submodule(name, QuantLinear(weight, checkpoint.tensors.get(f"{name}.bias"), dtype))
-
-
-def _unloadable(folder: Path, error: Exception) -> ConfigError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    hint = "; if it comes with code of its own and you trust it, give trust_remote_code"
-    return ConfigError(f"{folder}: transformers cannot load this model: {reason}{hint}")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from olive.errors import ConfigError
 from olive.quant.affine import QuantizedWeight, pack_bits, unpack_bits
+from olive.quant.formats.layout import End, Grouping
+from olive.quant.formats.shards import Shards
 
+BITS = (4,)
+ENDS: tuple[End, ...] = ()
+MIXED = False
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 PLACE = [ORDER.index(i) for i in range(8)]
 PARTS = ("qweight", "qzeros", "scales")
@@ -21,7 +26,7 @@ PARTS = ("qweight", "qzeros", "scales")
 
 def fits(n: int, k: int, bits: int, group_size: int) -> bool:
     """Whether a linear layer can be stored: 4 bits, whole groups, whole words."""
-    return bits == 4 and k % (k if group_size == -1 else group_size) == 0 and n % 8 == 0
+    return bits in BITS and k % (k if group_size == -1 else group_size) == 0 and n % 8 == 0
 
 
 def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -33,14 +38,14 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def unpack(parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedWeight:
+def unpack(parts: Mapping[str, Tensor], own: Mapping[str, Any], where: str) -> QuantizedWeight:  # noqa: ARG001
     """Read one linear layer's AWQ tensors back."""
     return QuantizedWeight(
         codes=_unpack(parts["qweight"]).t().contiguous(),
         scale=parts["scales"].t().contiguous(),
         zero_point=_unpack(parts["qzeros"]).t().contiguous(),
         bits=4,
-        symmetric=not settings.get("zero_point", True),
+        symmetric=not own.get("zero_point", True),
     )
 
 
@@ -54,17 +59,33 @@ def _unpack(packed: Tensor) -> Tensor:
     return values.view(*values.shape[:-1], -1, 8)[..., PLACE].flatten(-2)
 
 
-def settings(bits: int, group_size: int, symmetric: bool, modules: Mapping[str, Any]) -> dict:
-    """Return config.json's ``quantization_config``; ``modules`` maps every linear to its bits
-    and group size (anything with these attributes), or to None where it stays float."""
+def shape(module: str, tensors: Shards, own: Mapping[str, Any]) -> tuple[int, int]:  # noqa: ARG001
+    """Return [N, K] of a stored linear layer, from headers alone."""
+    return tensors.shape(f"{module}.scales")[1], tensors.shape(f"{module}.qweight")[0]
+
+
+def settings(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    modules: Mapping[str, Grouping | None],
+    *,
+    tied: bool = False,  # noqa: ARG001
+) -> dict[str, Any]:
+    """Return config.json's ``quantization_config``; ``modules`` that stay float map to None."""
     return {
         "quant_method": "awq",
         "bits": bits,
         "group_size": group_size,
         "zero_point": not symmetric,
         "version": "gemm",
-        "modules_to_not_convert": ["lm_head", *(name for name, weight in modules.items() if weight is None)],
+        "modules_to_not_convert": list(dict.fromkeys(["lm_head", *(n for n, g in modules.items() if g is None)])),
     }
+
+
+def module_settings(settings: Mapping[str, Any], module: str) -> dict[str, Any]:  # noqa: ARG001
+    """Return the settings of any module: they are those of the checkpoint."""
+    return {"bits": 4, **settings}
 
 
 def check(settings: Mapping[str, Any], where: str) -> None:

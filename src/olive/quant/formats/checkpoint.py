@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from olive.errors import ConfigError, did_you_mean
 from olive.quant.affine import QuantizedWeight
-from olive.quant.formats import FORMATS, gptq
+from olive.quant.formats import FORMATS
+from olive.quant.formats.layout import Layout
 from olive.quant.formats.shards import Shards, find
 
 
 class Checkpoint:
-    """Config and tensors of a checkpoint; quantized linears appear under their module name, not as packed tensors.
+    """Config and tensors of a checkpoint; quantized weights appear under their module name, not as packed tensors.
 
-    ``float_names`` are the plain tensors, ``quantized`` the modules that hold integers.
+    ``float_names`` are the plain tensors, ``quantized`` the modules that hold integers; among these may be the
+    embeddings and lm_head. A tied lm_head that is not stored is in neither.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,51 +31,66 @@ class Checkpoint:
         if not paths:
             raise ConfigError(f"{folder}: no .safetensors files; convert other weights with transformers first")
         self.tensors = Shards(paths)
-        self.settings: dict[str, Any] | None = self.config.get("quantization_config")
-        method = (self.settings or {}).get("quant_method", "none")
+        self.settings: dict[str, Any] = self.config.get("quantization_config") or {}
+        method = self.settings.get("quant_method", "none")
         if self.settings and method not in FORMATS:
             raise ConfigError(f"{folder}: quantized as {method!r}, which is not read{did_you_mean(method, FORMATS)}")
         self.method: str | None = method if self.settings else None
-        if self.method is not None:
-            FORMATS[self.method].check(self.settings or {}, str(folder))
-        parts = FORMATS[method].PARTS if self.settings else ()
-        self.quantized = [n.removesuffix(".qweight") for n in self.tensors if parts and n.endswith(".qweight")]
+        self.layout: Layout | None = FORMATS[method] if self.settings else None
+        parts: tuple[str, ...] = ()
+        if self.layout:
+            self.layout.check(self.settings, str(folder))
+            parts = self.layout.PARTS
+        self.quantized = [n.removesuffix(f".{parts[0]}") for n in self.tensors if parts and n.endswith(f".{parts[0]}")]
+        if parts and not self.quantized:
+            raise ConfigError(f"{folder}: quantized as {method!r} by config.json, but no tensor is named *.{parts[0]}; "
+                              "fetch the checkpoint again")  # fmt: skip
+        self._quantized = frozenset(self.quantized)  # a model of experts has thousands
         packed = {f"{module}.{part}" for module in self.quantized for part in parts}
         self.float_names = [name for name in self.tensors if name not in packed]
 
+    def module_settings(self, module: str) -> dict[str, Any]:
+        """Return how a quantized module is stored, in its layout's own words; ``bits`` is always among them."""
+        return self._layout(module).module_settings(self.settings, module)
+
     def quantized_weight(self, module: str) -> QuantizedWeight:
-        """Return the integers of a quantized linear layer."""
-        if self.method is None or module not in self.quantized:
+        """Return the integers of a quantized module's weight."""
+        layout = self._layout(module)
+        parts = {p: self.tensors[f"{module}.{p}"] for p in layout.PARTS if f"{module}.{p}" in self.tensors}
+        found = layout.unpack(parts, self.module_settings(module), f"{self.folder}: {module}")
+        if found.scale.dtype == torch.bfloat16:  # exact in float32, not in float16
+            found = replace(found, scale=found.scale.float())
+        return found
+
+    def _layout(self, module: str) -> Layout:
+        if self.layout is None or module not in self._quantized:
             raise KeyError(module)
-        settings = self.settings or {}
-        reader = FORMATS[self.method]
-        parts = {p: self.tensors[f"{module}.{p}"] for p in reader.PARTS if f"{module}.{p}" in self.tensors}
-        if self.method == "gptq":
-            settings = gptq.module_settings(settings, module)
-            if "g_idx" in parts:
-                gptq.check_order(parts["g_idx"], settings["group_size"], f"{self.folder}: {module}")
-        return reader.unpack(parts, settings)
+        return self.layout
 
     def weight(self, name: str) -> Tensor:
-        """Return a float tensor by its name; ``X.weight`` of a quantized linear X comes back dequantized (float32)."""
+        """Return a float tensor by its name; ``X.weight`` of a quantized module X comes back dequantized (float32)."""
         module = name.removesuffix(".weight")
-        if module in self.quantized and name.endswith(".weight"):
+        if module in self._quantized and name.endswith(".weight"):
             return self.quantized_weight(module).dequantize()
         return self.tensors[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors or (name.endswith(".weight") and name.removesuffix(".weight") in self.quantized)
+        return name in self.tensors or (name.endswith(".weight") and name.removesuffix(".weight") in self._quantized)
 
     def linear_shape(self, module: str) -> tuple[int, int]:
-        """Return [N, K] of a linear layer, from headers alone."""
+        """Return [N, K] of a linear layer or a table, without reading its weight."""
         if f"{module}.weight" in self.tensors:
             n, k = self.tensors.shape(f"{module}.weight")
             return n, k
-        n = self.tensors.shape(f"{module}.scales")[1]
-        rows = self.tensors.shape(f"{module}.qweight")[0]
-        if self.method == "awq":
-            return n, rows
-        return n, rows * 32 // gptq.module_settings(self.settings or {}, module)["bits"]
+        return self._layout(module).shape(module, self.tensors, self.module_settings(module))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return self.tensors.shape(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read some rows of a float tensor alone."""
+        return self.tensors.rows(name, start, stop)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Type of a tensor in the checkpoint, from the header alone."""
@@ -90,6 +108,7 @@ class Checkpoint:
 
 def longest(config: dict[str, Any]) -> int:
     """Return the most tokens that a model's positions allow, from its config."""
+    config = config.get("text_config") or config  # of a model that also sees
     return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
 
 

@@ -1,8 +1,9 @@
-"""The GPTQ layout: 2, 4 or 8 bits, packed along the input channels, bits and group size per module if need be.
+"""The GPTQ layout: 2, 3, 4 or 8 bits, packed along the input channels; bits and group size per module if need be.
 
 Per linear [N, K]: ``qweight`` int32 [K*b/32, N], ``qzeros`` int32 [G, N*b/32], ``scales`` float16 [G, N] and ``g_idx``
-int32 [K] (here always k // S). ``checkpoint_format`` "gptq" stores zero points minus one, "gptq_v2" as they are; v1
-cannot hold a zero point of 0, so asymmetric weights are written as v2. Source: AutoGPTQ (2023), GPTQModel (2024).
+int32 [K] (here always k // S). Three bits run on across words, 32 values in 3 words. ``checkpoint_format`` "gptq"
+stores zero points minus one, "gptq_v2" as they are; v1 cannot hold a zero point of 0, so asymmetric weights are written
+as v2. Source: AutoGPTQ (2023), GPTQModel (2024).
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from torch import Tensor
 
 from olive.errors import ConfigError
 from olive.quant.affine import QuantizedWeight, pack_bits, unpack_bits
+from olive.quant.formats.layout import End, Grouping, check_order, end_of
+from olive.quant.formats.shards import Shards
 
+BITS = (2, 3, 4, 8)
+ENDS: tuple[End, ...] = ("lm_head",)
+MIXED = True
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -37,44 +43,66 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def unpack(parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedWeight:
-    """Read one linear layer's GPTQ tensors back; ``settings`` are the module's own, overrides applied."""
-    bits = settings["bits"]
+def unpack(parts: Mapping[str, Tensor], own: Mapping[str, Any], where: str) -> QuantizedWeight:
+    """Read one linear layer's GPTQ tensors back; ``own`` are the module's settings, overrides applied."""
+    if "g_idx" in parts:
+        check_order(parts["g_idx"], own["group_size"], where)
+    bits = own["bits"]
     zero_point = unpack_bits(parts["qzeros"], bits)
-    if settings.get("checkpoint_format", "gptq") != "gptq_v2":
+    if own.get("checkpoint_format", "gptq") != "gptq_v2":
         zero_point = (zero_point + 1) & (2**bits - 1)
     return QuantizedWeight(
         codes=unpack_bits(parts["qweight"].t(), bits),
         scale=parts["scales"].t().contiguous(),
         zero_point=zero_point.t().contiguous(),
         bits=bits,
-        symmetric=settings.get("sym", False),
+        symmetric=own.get("sym", False),
     )
 
 
-def settings(bits: int, group_size: int, symmetric: bool, modules: Mapping[str, Any]) -> dict:
-    """Return config.json's ``quantization_config``; ``modules`` maps every linear to its bits
-    and group size (anything with these attributes), or to None where it stays float."""
-    dynamic: dict[str, dict[str, int]] = {}
-    for name, weight in modules.items():
-        pattern = re.escape(name) + "$"
-        if weight is None:
-            dynamic["-:" + pattern] = {}
-        elif group_size != -1 and weight.group_size != group_size:
-            dynamic["+:" + pattern] = {"bits": weight.bits, "group_size": weight.group_size}
-    found = {
+def shape(module: str, tensors: Shards, own: Mapping[str, Any]) -> tuple[int, int]:
+    """Return [N, K] of a stored linear layer, from headers alone."""
+    n = tensors.shape(f"{module}.scales")[1]
+    if f"{module}.g_idx" in tensors:
+        return n, tensors.shape(f"{module}.g_idx")[0]
+    return n, tensors.shape(f"{module}.qweight")[0] * 32 // int(own["bits"])
+
+
+def settings(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    modules: Mapping[str, Grouping | None],
+    *,
+    tied: bool = False,  # noqa: ARG001
+) -> dict[str, Any]:
+    """Return config.json's ``quantization_config``; ``modules`` that stay float map to None."""
+    dynamic: dict[str, dict[str, Any]] = {}
+    head = False
+    for name, chosen in modules.items():
+        pattern = re.escape(name) + r"(\.|$)"  # GPTQModel looks up modules, GenAI's builder their tensors
+        is_head = end_of(name) == "lm_head"
+        if chosen is None:
+            if not is_head:  # lm_head stays float unless it is asked for
+                dynamic["-:" + pattern] = {}
+            continue
+        head = head or is_head
+        if (chosen.bits, chosen.written_size) != (bits, group_size):
+            dynamic["+:" + pattern] = {"bits": chosen.bits, "group_size": chosen.written_size}
+    found: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
         "sym": symmetric,
         "desc_act": False,
+        "lm_head": head,
         "checkpoint_format": "gptq" if symmetric else "gptq_v2",
     }
     return found | ({"dynamic": dynamic} if dynamic else {})
 
 
 def module_settings(settings: Mapping[str, Any], module: str) -> dict[str, Any]:
-    """Apply the checkpoint's per-module overrides (``dynamic``: regular expressions, "-:" leaves a module float)."""
+    """Apply the checkpoint's per-module overrides (``dynamic``: regular expressions; "-:" leaves a module float)."""
     own = dict(settings)
     for pattern, override in (settings.get("dynamic") or {}).items():
         if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
@@ -86,13 +114,5 @@ def check(settings: Mapping[str, Any], where: str) -> None:
     """Refuse bits that are not read."""
     overrides = [override for override in (settings.get("dynamic") or {}).values() if override]
     for bits in (own.get("bits", settings.get("bits")) for own in (settings, *overrides)):
-        if bits not in (2, 4, 8):
-            raise ConfigError(f"{where}: GPTQ with {bits!r} bits; only 2, 4 and 8 are read")
-
-
-def check_order(g_idx: Tensor, group_size: int, where: str) -> None:
-    """Refuse activation order: it would need a gather in front of every product."""
-    k = len(g_idx)
-    size = k if group_size == -1 else group_size
-    if not torch.equal(g_idx.long(), torch.arange(k) // size):
-        raise ConfigError(f"{where}: GPTQ with activation order (desc_act) is not supported; use static groups")
+        if bits not in BITS:
+            raise ConfigError(f"{where}: GPTQ with {bits!r} bits; only {', '.join(map(str, BITS))} are read")

@@ -4,54 +4,65 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from olive.errors import ConfigError
 from olive.quant.affine import QuantizedWeight, fitting_group
-from olive.quant.formats import FORMATS, gptq
+from olive.quant.formats import FORMATS, holds
+from olive.quant.formats.checkpoint import Checkpoint
+from olive.quant.formats.layout import Grouping, end_of
 from olive.quant.formats.shards import INDEX, ShardWriter
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".data", ".h5", ".msgpack", ".ot")
 NOT_COPIED = {"config.json", "quantize_config.json", "olive.json", INDEX, "pytorch_model.bin.index.json"}
 
 
-class Grouping(NamedTuple):
-    """How one linear layer is stored."""
-
-    bits: int
-    group_size: int
-
-
 def choose_groups(
     shapes: Mapping[str, tuple[int, int]], method: str, bits: int, group_size: int
 ) -> dict[str, Grouping | None]:
-    """Choose a group size per linear [N, K]; where the one asked for does not fit, AWQ leaves the layer float (None),
-    GPTQ takes the largest smaller power of two that does."""
+    """Choose a group size per module [N, K], which may be a linear of a layer, lm_head or the embeddings.
+
+    Where the one asked for does not fit, the largest smaller power of two that does is taken; if there is none, the
+    layout has one group size for all (AWQ) or does not hold such a module, it stays float (None). Raises ConfigError
+    for bits that the layout does not hold.
+    """
+    layout = FORMATS[method]
+    if not holds(method, bits):
+        raise ConfigError(f"{method}: {bits} bits were asked for, it holds {', '.join(map(str, layout.BITS))}"
+                          f"{_others(method, Grouping(bits, group_size))}")  # fmt: skip
     chosen: dict[str, Grouping | None] = {}
     for module, (n, k) in shapes.items():
-        size = group_size if method == "awq" else fitting_group(k, group_size)
-        fits = size is not None and FORMATS[method].fits(n, k, bits, size)
-        chosen[module] = Grouping(bits, k if size == -1 else size) if fits and size is not None else None
+        size = fitting_group(k, group_size) if layout.MIXED and group_size != -1 else group_size
+        fits = size is not None and layout.fits(n, k, bits, size) and (end_of(module) in (None, *layout.ENDS))
+        chosen[module] = Grouping(bits, k if size == -1 else size, size == -1) if fits and size is not None else None
     return chosen
 
 
 class CheckpointWriter:
     """Collects tensors into ``out``; :meth:`close` adds config.json and the files that are not weights."""
 
-    def __init__(self, source: Path, out: Path, tensors: int = 100) -> None:
-        """``tensors``: about how many will be written."""
+    def __init__(self, source: Path, out: Path, tensors: int = 100, *, scratch: Path | None = None) -> None:
+        """``tensors``: about how many will be written; ``scratch``: where they wait, so that a kill loses little."""
         self.source, self.out = source, out
-        self.shards = ShardWriter(out, tensors)
+        self.shards = ShardWriter(out, tensors, scratch=scratch)
 
     def tensor(self, name: str, tensor: Tensor) -> None:
         """Write a float tensor."""
         self.shards.add(name, tensor)
 
+    def copy(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], rows: Iterable[Tensor]) -> None:
+        """Write a float tensor that comes some rows at a time."""
+        self.shards.begin(name, dtype, shape)
+        for part in rows:
+            self.shards.rows(part)
+
     def quantized(self, module: str, weight: QuantizedWeight, method: str) -> None:
-        """Write a linear layer's integers in the layout ``method``."""
+        """Write the integers of a linear layer or a table in the layout ``method``."""
         for part, tensor in FORMATS[method].pack(weight).items():
             self.shards.add(f"{module}.{part}", tensor)
 
@@ -65,19 +76,54 @@ class CheckpointWriter:
 
 
 def quantization_config(
-    method: str, bits: int, group_size: int, symmetric: bool, modules: Mapping[str, Grouping | None]
+    method: str,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    modules: Mapping[str, Grouping | None],
+    *,
+    tied: bool = False,
 ) -> dict[str, Any]:
-    """Return config.json's ``quantization_config`` for linears that are stored as in ``modules``."""
-    return FORMATS[method].settings(bits, group_size, symmetric, modules)
+    """Return config.json's ``quantization_config`` for modules that are stored as in ``modules`` (None: float).
+
+    Bits and group size of most of them are ``bits`` and ``group_size`` (-1: all input channels); they may differ by
+    module where the layout holds that. ``tied``: lm_head is not stored, it is the embeddings. Raises ConfigError for
+    what the layout does not hold.
+    """
+    for module, chosen in modules.items():
+        reason = _refusal(method, module, chosen, bits, group_size) if chosen else None
+        if chosen and reason:
+            asked = f"{chosen.bits} bits in groups of {chosen.written_size}"
+            raise ConfigError(f"{method}: {module}: asked for {asked}, but {reason}{_others(method, chosen, module)}")
+    return FORMATS[method].settings(bits, group_size, symmetric, modules, tied=tied)
 
 
-def realised_bits(checkpoint: Any) -> dict[str, int]:
-    """Read off a quantized checkpoint's files how many bits each linear really has: packed words over weights."""
+def _refusal(method: str, module: str, chosen: Grouping, bits: int, group_size: int) -> str | None:
+    """Say why a layout does not hold a module stored as ``chosen`` beside others of ``bits`` and ``group_size``."""
+    layout, end = FORMATS[method], end_of(module)
+    if not holds(method, chosen.bits):
+        return f"the layout holds {', '.join(map(str, layout.BITS))} bits"
+    if end is not None and end not in layout.ENDS:
+        return f"the layout does not hold {end}"
+    if not layout.MIXED and (chosen.bits, chosen.written_size) != (bits, group_size):
+        return f"the layout has one setting for all modules, {bits} bits in groups of {group_size}"
+    return None
+
+
+def _others(method: str, chosen: Grouping, module: str = "") -> str:
+    """Name the layouts that could hold what ``method`` does not."""
+    able = [m for m in FORMATS if m != method and not _refusal(m, module, chosen, chosen.bits, 0)]
+    return f"; use {' or '.join(able)}" if able else "; no layout holds that"
+
+
+def realised_bits(checkpoint: Checkpoint) -> dict[str, int]:
+    """Read off a quantized checkpoint's files how many bits each weight really has: -1 where the codes take other
+    room than config.json says."""
+    assert checkpoint.layout is not None
     found = {}
     for module in checkpoint.quantized:
         n, k = checkpoint.linear_shape(module)
-        words = checkpoint.tensors.shape(f"{module}.qweight")
-        own = gptq.module_settings(checkpoint.settings, module)["bits"] if checkpoint.method == "gptq" else 4
-        stored = words[0] * words[1] * 32 / (n * k)
-        found[module] = int(stored) if stored == own else -1
+        bits = checkpoint.module_settings(module)["bits"]
+        unused = checkpoint.tensors.nbytes(f"{module}.{checkpoint.layout.PARTS[0]}") * 8 - n * k * bits
+        found[module] = bits if 0 <= unused < 32 * n else -1  # a row may end within a word
     return found

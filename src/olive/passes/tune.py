@@ -1,0 +1,37 @@
+"""Tuned quantization of a checkpoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from olive.passes.calibrated import Calibrated
+from olive.passes.gptq import GPTQ
+
+if TYPE_CHECKING:
+    from olive.quant.layer import Layer, Results
+
+
+class Tune(Calibrated, sources=("olive.passes.tune", "olive.quant.tune", *GPTQ)):
+    """GPTQ's codes, then rounding and scales of each layer tuned together by signed gradients of its output's error
+    (AutoRound, arXiv 2309.05516, 2023). The slowest and the most accurate."""
+
+    iterations: int = Field(200, ge=1)
+    """Steps per layer; 50 are the light tier."""
+    rate: float = Field(0.005, gt=0)
+    """First step of the offsets that are added before rounding, in units of a code; it falls to 0."""
+    damping: float = Field(0.01, gt=0)
+    """Share of the mean input energy that is added to every channel's, for the stability of GPTQ."""
+
+    sequential: ClassVar[bool] = True
+    targeted: ClassVar[bool] = True
+    tokens_per_step: ClassVar[int | None] = 4096
+
+    def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
+        """Start from GPTQ."""
+        from olive.quant.gptq import with_ranges
+
+        start = layer.round(groups, partial(with_ranges, damping=self.damping))
+        return layer.tune(start, self.iterations, self.rate)
