@@ -115,6 +115,7 @@ def _bits_per_weight(folder: Path) -> float:
 
 @torch.inference_mode()
 def _compare(reference: Any, candidate: Any, ids: torch.Tensor) -> dict[str, float]:
+    torch.set_float32_matmul_precision("highest")  # on a GPU the quantizers lower it
     losses, source_losses, divergences, same = [], [], [], 0
     for window in ids.split(2):
         p = torch.log_softmax(reference(input_ids=window, use_cache=False).logits.float(), -1)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from olive.quant import columns
 from olive.quant import refine as refinement
 from olive.quant.affine import QuantizedWeight, round_to_nearest
 from olive.quant.gptq import gptq
@@ -82,7 +83,7 @@ def test_descent_ends_where_no_single_code_can_be_bettered_and_mostly_at_the_bes
 
 
 def test_descent_is_the_slow_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refinement, "BLOCK", 5)  # blocks that do not divide K
+    monkeypatch.setattr(columns, "FEW", 5)  # blocks that do not divide K
     weight, _, gram = problem(32, 4)
     before = round_to_nearest(weight, 3, 16, symmetric=False)
     found = descend(weight, gram, before, sweeps=2)

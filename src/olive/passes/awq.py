@@ -22,4 +22,4 @@ class Awq(Calibrated, sources=("olive.passes.awq", "olive.quant.awq")):
         from olive.quant.awq import clip_and_round, scale_inputs
 
         scale_inputs(layer, groups)
-        return layer.round(groups, clip_and_round)
+        return layer.round(groups, clip_and_round, self.refine)

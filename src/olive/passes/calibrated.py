@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from olive.data.spec import DataSpec
 from olive.model import Model
@@ -35,6 +35,9 @@ class Calibrated(
         "olive.passes.calibrated",
         "olive.passes.streamed",
         "olive.quant.layer",
+        "olive.quant.refine",
+        "olive.quant.columns",
+        "olive.quant.kernels",
         "olive.quant.sites",
         "olive.quant.statistics",
         "olive.data",
@@ -45,6 +48,9 @@ class Calibrated(
 
     data: DataSpec | None = DataSpec()
     """Calibration data; by default a small shipped text."""
+    refine: int = Field(0, ge=0)
+    """Rounds of fitting each weight's scales, then its codes, anew to the layer's output (scale estimation and
+    coordinate descent) after it is rounded."""
     statistics: str | None = None
     """Folder of statistics that an earlier run saved; they take the place of the data."""
     save_statistics: str | None = None

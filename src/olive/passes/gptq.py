@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from olive.quant.layer import Layer, Results
 
 
-GPTQ = ("olive.quant.gptq", "olive.quant.columns", "olive.quant.kernels", "olive.quant.awq")
+GPTQ = ("olive.quant.gptq", "olive.quant.awq")
 """The modules that decide what GPTQ gives."""
 
 
@@ -21,6 +21,8 @@ class Gptq(Calibrated, sources=("olive.passes.gptq", *GPTQ)):
     """Round column by column, each error made up for by the columns that follow and each layer for those before it
     (GPTQ, arXiv 2210.17323, 2022), with ranges clipped where that lowers the output error."""
 
+    refine: int = Field(1, ge=0)
+    """Rounds of fitting each weight's scales, then its codes, anew to the layer's output after it is rounded."""
     damping: float = Field(0.01, gt=0)
     """Share of the mean input energy that is added to every channel's, for stability."""
 
@@ -30,4 +32,4 @@ class Gptq(Calibrated, sources=("olive.passes.gptq", *GPTQ)):
         """Choose ranges, then codes."""
         from olive.quant.gptq import with_ranges
 
-        return layer.round(groups, partial(with_ranges, damping=self.damping))
+        return layer.round(groups, partial(with_ranges, damping=self.damping), self.refine)

@@ -25,7 +25,7 @@ class Kquant(Calibrated, sources=("olive.passes.kquant",)):
 
     def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
         """Search each group's range."""
-        return layer.round(groups, _by_importance)
+        return layer.round(groups, _by_importance, self.refine)
 
     def run(self, model: Model, ctx: Context) -> Model:
         from olive.passes.streamed import stream

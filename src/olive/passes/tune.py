@@ -22,6 +22,8 @@ class Tune(Calibrated, sources=("olive.passes.tune", "olive.quant.tune", *GPTQ))
     """Steps per layer; 50 are the light tier."""
     rate: float = Field(0.005, gt=0)
     """First step of the offsets that are added before rounding, in units of a code; it falls to 0."""
+    refine: int = Field(1, ge=0)
+    """Rounds of fitting each weight's scales, then its codes, anew to the layer's output before it is tuned."""
     damping: float = Field(0.01, gt=0)
     """Share of the mean input energy that is added to every channel's, for the stability of GPTQ."""
 
@@ -33,5 +35,5 @@ class Tune(Calibrated, sources=("olive.passes.tune", "olive.quant.tune", *GPTQ))
         """Start from GPTQ."""
         from olive.quant.gptq import with_ranges
 
-        start = layer.round(groups, partial(with_ranges, damping=self.damping))
+        start = layer.round(groups, partial(with_ranges, damping=self.damping), self.refine)
         return layer.tune(start, self.iterations, self.rate)

@@ -46,13 +46,23 @@ class Columns:
     """The largest code."""
 
 
-def round_columns(weight: Tensor, lower: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> Tensor:
+def round_columns(
+    weight: Tensor,
+    lower: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    bits: int,
+    asked: Tensor | None = None,
+) -> Tensor:
     """Return codes, uint8 [B, K, N], for ``weight`` (float32 [B, K, N]), rounded in the order of K.
 
     ``lower``: L of each Gram matrix [B, K, K]; ``scale``, ``zero_point``: float32 [B, G, N]; ``group``: each column's
-    index into them, int64 [B, K].
+    index into them, int64 [B, K]. ``asked`` [B, K, N], which is used up, is what the columns have to make up for from
+    the start.
     """
-    asked, error = torch.zeros_like(weight), torch.empty_like(weight)
+    asked = torch.zeros_like(weight) if asked is None else asked
+    error = torch.empty_like(weight)
     codes = torch.empty_like(weight, dtype=torch.uint8)
     state = Columns(weight, asked, error, codes, lower, scale, zero_point, group, 2**bits - 1)
     rounding, size = _rounding(weight.device)

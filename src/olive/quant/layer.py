@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from olive.errors import PassError
 from olive.quant.affine import QuantizedWeight, round_to_nearest
 from olive.quant.kquant import kquant
+from olive.quant.refine import refine
 from olive.quant.sites import Site, find_sites
 from olive.quant.statistics import InputStatistics, StatisticsWriter
 from olive.quant.tune import tune
@@ -142,8 +143,9 @@ class Layer:
             self.weight(name).mul_(applied)
         self.statistics[site].rescale(applied)
 
-    def round(self, groups: Mapping[str, Any], rounding: Rounding) -> Results:
-        """Quantize every linear that ``groups`` gives bits and a group size; what reads one input goes together."""
+    def round(self, groups: Mapping[str, Any], rounding: Rounding, refining: int = 0) -> Results:
+        """Quantize every linear that ``groups`` gives bits and a group size; what reads one input goes together.
+        ``refining``: rounds of fitting scales and codes anew."""
         results: Results = {}
         for site in self.sites:
             together: dict[Any, list[str]] = {}
@@ -151,13 +153,13 @@ class Layer:
                 if groups.get(name):
                     together.setdefault(groups[name], []).append(name)
             for group, names in together.items():
-                results |= self._round(names, site, group, rounding)
+                results |= self._round(names, site, group, rounding, refining)
         for name in (n for n, group in groups.items() if group and n not in results):
             weight = kquant(self.weight(name), groups[name].bits, groups[name].group_size, symmetric=self.symmetric)
             results[name] = Result(weight, float("nan"), float("nan"), "never ran")
         return results
 
-    def _round(self, names: list[str], site: Site, group: Any, rounding: Rounding) -> Results:
+    def _round(self, names: list[str], site: Site, group: Any, rounding: Rounding, refining: int) -> Results:
         statistics, settings = self.statistics[site], (group.bits, group.group_size)
         gram, weights = statistics.mean_gram(), [self.weight(name) for name in names]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -167,6 +169,7 @@ class Layer:
             chosen = kquant(weight, *settings, symmetric=self.symmetric, importance=importance)
         else:
             chosen = rounding(weight, gram, *settings, symmetric=self.symmetric)
+            chosen = refine(weight, gram, chosen, refining)
         results: Results = {}
         for name, own, part in zip(names, weights, split(chosen, [len(w) for w in weights]), strict=True):
             size = output_error(own, gram).clamp(min=1e-12)

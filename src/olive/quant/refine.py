@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from olive.quant.affine import QuantizedWeight
+from olive.quant.columns import round_columns
 
-BLOCK = 128
-"""Columns whose changes are gathered before the residual's product with the Gram matrix is updated."""
+DAMPING = 0.01
+"""Share of the mean input energy that is added to every channel's, so that what the rows at hand do not show stays."""
 RIDGE = 1e-6
 """Added to the diagonal of a row's equations, as a share of its mean: groups may be linearly dependent."""
 TILE = 1 << 24
 """Numbers in the equations [N, G, G] of the rows that are solved at a time."""
 
 
-def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, rounds: int = 4) -> QuantizedWeight:
+def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, rounds: int) -> QuantizedWeight:
     """Alternate :func:`refit_scale` and :func:`descend` on ``quantized``, for ``weight`` [N, K], ``gram`` [K, K]."""
+    gram = gram + torch.diag(gram.diagonal().mean().expand(len(gram)) * DAMPING)
     for _ in range(rounds):
         quantized = descend(weight, gram, refit_scale(weight, gram, quantized))
     return quantized
@@ -79,34 +81,23 @@ def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, sweeps: in
     """Set each code in turn to the best integer given all others, ``sweeps`` times over all columns.
 
     With residual r = w - q, the best value of q_j is q_j + (r G)_j / G_jj; among the codes the nearest to it is best.
-    A channel that is always 0 keeps its codes.
+    A change of an earlier column, q_i - q_i', adds (q_i - q_i') G_ij / G_jj to that. A channel that is always 0 keeps
+    its codes.
     """
     w = weight.float()
-    scale = quantized.scale.float()
-    top, size = 2**quantized.bits - 1, quantized.group_size
-    codes = quantized.codes.float()
-    first = w - quantized.dequantize()
-    residual = first.clone()
     energy = gram.diagonal()
     reciprocal = torch.where(energy > torch.finfo(energy.dtype).tiny, 1 / energy, 0)
+    lower = (gram * reciprocal.unsqueeze(-1))[None]
+    scale, zero_point = (t.float().t().contiguous()[None] for t in (quantized.scale, quantized.zero_point))
+    group = torch.arange(w.shape[1], device=w.device)[None] // quantized.group_size
+    found = quantized
     for _ in range(sweeps):
-        slope = residual @ gram  # anew in each sweep, so that rounding errors do not build up
-        for start in range(0, w.shape[1], BLOCK):
-            part = slice(start, start + BLOCK)
-            inside, local = gram[part, part], slope[:, part]
-            change = torch.zeros_like(local)
-            for i in range(local.shape[1]):
-                j = start + i
-                s, old = scale[:, j // size], codes[:, j]
-                new = (old + local[:, i] * reciprocal[j] / s).round_().clamp_(0, top)
-                change[:, i] = (new - old) * s
-                local -= change[:, i, None] * inside[i]  # a view: the slope is brought up to date within the block
-                codes[:, j] = new
-            residual[:, part] -= change
-            slope[:, start + BLOCK :] -= change @ gram[part, start + BLOCK :]
-    better = _row_error(residual, gram) < _row_error(first, gram)
-    chosen = torch.where(better.unsqueeze(-1), codes.to(torch.uint8), quantized.codes)
-    return replace(quantized, codes=chosen)
+        now = found.dequantize()
+        asked = ((w - now) @ gram * reciprocal).t().contiguous()[None]
+        codes = round_columns(now.t().contiguous()[None], lower, scale, zero_point, group, quantized.bits, asked)
+        found = replace(found, codes=codes[0].t().contiguous())
+    better = _row_error(w - found.dequantize(), gram) < _row_error(w - quantized.dequantize(), gram)
+    return replace(quantized, codes=torch.where(better.unsqueeze(-1), found.codes, quantized.codes))
 
 
 def _row_error(residual: Tensor, gram: Tensor) -> Tensor:
