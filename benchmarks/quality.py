@@ -1,11 +1,12 @@
 """Quality per bit of the quantizers: perplexity, KL divergence and top-1 agreement with the float model.
 
-    python benchmarks/quality.py MODEL --calibration books.txt --text other.txt --tokens 8192 \\
-        rtn awq gptq,group_size=128,symmetric=true
+    python benchmarks/quality.py MODEL --calibration books.txt --text other.txt more.txt --tokens 8192 32768 \\
+        --setting rtn --setting awq --setting gptq,group_size=128,symmetric=true
 
 Each setting is an algorithm with options of its pass. Windows of 512 tokens, no special tokens, float32, all
 positions. Bits per weight count scales (16 bits) and zero points. With --seeds the calibration text is rotated, so that
-other windows are taken; mean and spread are given. One markdown row per setting; all figures as JSON lines in --json.
+other windows are taken; mean and spread are given. One markdown row per setting and text; all figures as JSON lines in
+--json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from olive.cache import Cache
-from olive.engine import run
+from olive.engine import run as execute
 from olive.plan import plan
 from olive.quant.formats.checkpoint import Checkpoint
 from olive.runtime.torch_model import load, load_tokenizer
@@ -36,28 +37,29 @@ def main() -> None:
     """Quantize and measure every setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("settings", nargs="+")
+    parser.add_argument("--setting", action="append", required=True)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--text", nargs="+", required=True)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json")
     args = parser.parse_args()
     reference = load(Path(args.model), device=args.device)
-    ids = _windows(load_tokenizer(Path(args.model)), Path(args.text), args.tokens)
-    print(f"{Path(args.model).name} on {Path(args.text).name}, {ids.numel()} tokens")
-    print("| setting | bits per weight | perplexity | KL divergence | p99 | top-1 | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for setting in args.settings:
-        rows = [_measure(args, setting, seed, reference, ids) for seed in range(args.seeds)]
-        _print(setting, rows)
-        if args.json:
-            with Path(args.json).open("a") as file:
-                for seed, row in enumerate(rows):
-                    place = {"model": Path(args.model).name, "text": Path(args.text).name, "tokens": ids.numel()}
-                    file.write(json.dumps(place | {"setting": setting, "seed": seed} | row) + "\n")
+    tokenizer = load_tokenizer(Path(args.model))
+    texts = {(t, n): _windows(tokenizer, Path(t), n) for t in args.text for n in args.tokens}
+    print("| model | text, tokens | setting | bits per weight | perplexity | KL divergence | p99 | top-1 | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for setting in args.setting:
+        runs = [_measure(args, setting, seed, reference, texts) for seed in range(args.seeds)]
+        for text, ids in texts.items():
+            where = {"model": Path(args.model).name, "text": f"{Path(text[0]).stem} {ids.numel()}"}
+            _print(where, setting, [run[text] for run in runs])
+            if args.json:
+                with Path(args.json).open("a") as file:
+                    for seed, run in enumerate(runs):
+                        file.write(json.dumps(where | {"setting": setting, "seed": seed} | run[text]) + "\n")
 
 
 def _windows(tokenizer: Any, path: Path, limit: int) -> torch.Tensor:
@@ -66,7 +68,7 @@ def _windows(tokenizer: Any, path: Path, limit: int) -> torch.Tensor:
     return ids[: count * WINDOW].view(count, WINDOW)
 
 
-def _measure(args: Any, setting: str, seed: int, reference: Any, ids: torch.Tensor) -> dict[str, float]:
+def _measure(args: Any, setting: str, seed: int, reference: Any, texts: dict[Any, torch.Tensor]) -> dict[Any, Any]:
     name, *options = setting.split(",")
     step: dict[str, Any] = {"type": name}
     for option in options:
@@ -80,7 +82,7 @@ def _measure(args: Any, setting: str, seed: int, reference: Any, ids: torch.Tens
         start = random.Random(seed).randrange(len(text)) if seed else 0
         rotated = Path(folder, "calibration.txt")
         rotated.write_text(text[start:] + text[:start], encoding="utf-8")
-        if name not in ("rtn", "hqq", "kquant") or "data" in step:
+        if name not in ("rtn", "hqq", "kquant") or step.pop("data", False):
             step["data"] = {"files": [str(rotated)], "max_samples": args.windows, "max_seq_len": WINDOW}
         workflow = read_workflow(
             {
@@ -95,11 +97,12 @@ def _measure(args: Any, setting: str, seed: int, reference: Any, ids: torch.Tens
         cache = Cache(Path(folder, "cache"))
         planned = plan(workflow, cache)
         began = time.perf_counter()
-        run(planned, cache)
+        execute(planned, cache)
         seconds = time.perf_counter() - began
         out = Path(folder, "out")
         row = {"bits": _bits_per_weight(out), "seconds": seconds}
-        return row | _compare(reference, load(out, device=args.device), ids.to(args.device))
+        found = load(out, device=args.device)
+        return {text: row | _compare(reference, found, ids.to(args.device)) for text, ids in texts.items()}
 
 
 def _bits_per_weight(folder: Path) -> float:
@@ -135,14 +138,16 @@ def _compare(reference: Any, candidate: Any, ids: torch.Tensor) -> dict[str, flo
     }
 
 
-def _print(setting: str, rows: list[dict[str, float]]) -> None:
+def _print(where: dict[str, str], setting: str, rows: list[dict[str, float]]) -> None:
     def told(key: str, digits: int) -> str:
         values = [row[key] for row in rows]
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
     columns = [told("bits", 2), told("perplexity", 3), told("kl", 4), told("kl_p99", 3), told("top1", 4)]
-    print(f"| {setting} | {' | '.join(columns)} | {told('seconds', 1)} |", flush=True)
+    print(
+        f"| {where['model']} | {where['text']} | {setting} | {' | '.join(columns)} | {told('seconds', 1)} |", flush=True
+    )
 
 
 if __name__ == "__main__":

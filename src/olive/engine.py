@@ -17,7 +17,7 @@ from olive.errors import PassError
 from olive.model import FORMAT_VERSION, Model, digests, files, write_manifest
 from olive.passes.base import Context
 from olive.plan import Plan, Step, code_digest, step_digest, version
-from olive.report import Report, StepRecord
+from olive.report import Report, StepRecord, all_fallbacks
 from olive.workflow import as_data, without_places
 
 VERIFIED_BY = ("olive.verify", "olive.evaluate", "olive.runtime", "olive.data", "olive.quant", "olive.decoder")
@@ -142,7 +142,7 @@ def _manifest(plan: Plan, entry: Entry, report: Report) -> dict[str, Any]:
             "libraries": {name: version(name) for name in libraries},
         },
         "bits": facts.get("bits", {}),
-        "fallbacks": facts.get("fallbacks", {}),
+        "fallbacks": all_fallbacks(facts),
         "verification": report.verification,
         "files": record["files"],
     }

@@ -158,6 +158,7 @@ def step_key(step: Pass, input_key: str, workflow: Workflow, device: str) -> str
             "target": workflow.target.execution_provider() if step.targets else None,
             "trust_remote_code": workflow.input_model.trust_remote_code,
             "data": _data_digests(step),
+            "folders": [models.fingerprint(folder) for folder in step.folders()],
             "code": {name: code_digest(name) for name in step.sources},
             "versions": {name: version(name) for name in step.libraries},
         }

@@ -41,7 +41,7 @@ class Report:
         """Yield the report as a few lines for a terminal."""
         for step in self.steps:
             yield f"{step.name:<12} {'cached' if step.cached else f'{step.seconds:.1f} s'}"
-            fallbacks = step.facts.get("fallbacks") or {}
+            fallbacks = all_fallbacks(step.facts)
             for name, what in list(fallbacks.items())[:4]:
                 yield f"{'':<12} {name}: {what}"
             if len(fallbacks) > 4:
@@ -54,6 +54,12 @@ class Report:
         yield f"{'size':<12} {self.source_bytes / 1e6:.1f} MB -> {self.output_bytes / 1e6:.1f} MB"
         yield from _figures("verified", self.verification or {"level": "none: not verified"})
         yield f"{'output':<12} {self.output}"
+
+
+def all_fallbacks(facts: dict[str, Any]) -> dict[str, str]:
+    """Return by linear layer what was done instead of what was asked for: by its shape, or for lack of data."""
+    starved = {name: own["fallback"] for name, own in facts.get("linears", {}).items() if "fallback" in own}
+    return {**facts.get("fallbacks", {}), **starved}
 
 
 def _candidates(rows: list[dict[str, Any]], picked: str | None) -> Iterator[str]:

@@ -32,5 +32,5 @@ class Run:
         out.mkdir(parents=True)
         scratch.mkdir()
         report: Callable[..., None] = lambda *step: self.steps.append(step)  # noqa: E731
-        context = Context(out, scratch, Target(), "cpu", seed, self.facts.update, report)
+        context = Context(out, "input", scratch, Target(), "cpu", seed, self.facts.update, report)
         return pass_.run(Model("hf", base), context)

@@ -19,6 +19,7 @@ PASSES = {
     "tune": "olive.passes.tune:Tune",
     "best": "olive.passes.best:Best",
     "rotate": "olive.passes.rotate:Rotate",
+    "smooth": "olive.passes.smooth:Smooth",
     "dequantize": "olive.passes.dequantize:Dequantize",
     "lora": "olive.passes.lora:Lora",
     "decoder": "olive.passes.decoder:Decoder",

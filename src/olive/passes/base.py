@@ -68,6 +68,10 @@ class Pass(Config):
         cls.targets = targets or cls.targets
         cls.changes_model = cls.changes_model if changes_model is None else changes_model
 
+    def folders(self) -> tuple[Path, ...]:
+        """Folders besides the model that the pass reads; their contents are part of the step's key."""
+        return ()
+
     def missing(self) -> bool:
         """Tell whether something besides the output is asked for and not there: a cached output is not enough."""
         return False

@@ -28,10 +28,9 @@ HELD_BACK = 8
 KEPT_LOGITS = 1 << 28
 """Values of the float model's logits that are kept in memory for comparing; fewer rows are held back if need be."""
 DEFAULT: tuple[dict[str, Any], ...] = (
-    {"type": "kquant"},
-    {"type": "awq"},
+    {"type": "kquant", "refine": 2},
+    {"type": "awq", "refine": 2},
     {"type": "gptq"},
-    {"type": "tune", "iterations": 50},
     {"type": "tune"},
 )
 

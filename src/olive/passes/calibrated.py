@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -63,6 +65,11 @@ class Calibrated(
     tokens_per_step: ClassVar[int | None] = None
     """Tokens in a batch; None: as many as are quickest."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether the quantizer looks at how a layer's inputs differ from the float model's."""
+        return False
+
     def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
         """Quantize one layer's linears; ``groups`` gives bits and group size by name, None where one stays float."""
         raise NotImplementedError
@@ -76,6 +83,9 @@ class Calibrated(
             raise ValueError(f"save_statistics: {why}; save them with awq or kquant")
         return self
 
+    def folders(self) -> tuple[Path, ...]:
+        return (Path(self.statistics),) if self.statistics is not None else ()
+
     def missing(self) -> bool:
         return self.save_statistics is not None and not Path(self.save_statistics).exists()
 
@@ -86,7 +96,7 @@ class Calibrated(
 
         source, meta = float_source(model)
         groups = self.groups(meta, ctx)
-        layered, identity = _open(source, meta, ctx)
+        layered, identity = _open(source, meta, ctx, exact=self.compares)
         known = SavedStatistics(Path(self.statistics), identity) if self.statistics is not None else None
         ids = known.ids if known is not None else calibration_windows(self.data or DataSpec(), model)
         ctx.note(calibration_rows=len(ids), calibration_tokens=ids.numel())
@@ -103,7 +113,7 @@ class Calibrated(
                 work.tick(index + 1)
         write_rest(source, writer, groups, layered.prefix, self, ctx.compute_device)
         writer.close(self.config(source.config, groups, meta))
-        ctx.note(layers=work.facts())
+        ctx.note(linears=work.facts())
         return Model("hf", ctx.out)
 
 
@@ -122,25 +132,34 @@ def calibration_windows(data: DataSpec, model: Model) -> Tensor:
 
 def gather(model: Model, ctx: Context, ids: Tensor, folder: Path) -> None:
     """Write the statistics of the float model's inputs on the rows ``ids`` into the new ``folder``."""
-    from olive.quant.layer import Layer
     from olive.quant.statistics import StatisticsWriter
 
     source, meta = float_source(model)
     layered, identity = _open(source, meta, ctx)
+    with StatisticsWriter(folder, identity, ids) as keeper:
+        for layer in watched_layers(layered, ids, source.dtype(), ctx):
+            layer.save(keeper)
+
+
+def watched_layers(layered: LayeredModel, ids: Tensor, stored: Any, ctx: Context) -> Iterator[Layer]:
+    """Run the rows ``ids`` through a float model; yield each layer with its sites and their inputs' statistics.
+    ``stored`` is the type that norms are kept in."""
+    from olive.quant.layer import Layer
+
     probe = layered.start(ids[:1, :16], 1)[0]
     batches = layered.start(ids, _rows_per_batch(ctx, ids))
-    with StatisticsWriter(folder, identity, ids) as keeper:
-        for index, name, block in layered.layers():
-            layer = Layer(name, block, source.dtype(), symmetric=False)
-            layer.look(partial(layered.apply, index, block, probe), layered.head_dim())
-            with layer.watching() as count:
-                layered.advance(index, block, batches, count)
-            layer.save(keeper)
-            ctx.progress("statistics", index + 1, len(layered.blocks))
+    for index, name, block in layered.layers():
+        layer = Layer(name, block, stored, symmetric=False)
+        layer.look(partial(layered.apply, index, block, probe), layered.head_dim())
+        with layer.watching() as count:
+            layered.advance(index, block, batches, count)
+        yield layer
+        ctx.progress("statistics", index + 1, len(layered.blocks))
 
 
-def _open(source: Any, meta: Any, ctx: Context) -> tuple[LayeredModel, dict[str, str]]:
-    """Return the model, to be run layer by layer where the pass computes, and what its statistics depend on."""
+def _open(source: Any, meta: Any, ctx: Context, *, exact: bool = False) -> tuple[LayeredModel, dict[str, str]]:
+    """Return the model, to be run layer by layer where the pass computes, and what its statistics depend on.
+    ``exact``: in float32 everywhere, for what compares its runs."""
     import torch
 
     from olive.runtime.layers import LayeredModel
@@ -150,11 +169,23 @@ def _open(source: Any, meta: Any, ctx: Context) -> tuple[LayeredModel, dict[str,
         torch.set_float32_matmul_precision("high")
         devices, dtype = [f"cuda:{i}" for i in range(torch.cuda.device_count())], torch.bfloat16
     identity = {"model": ctx.input_key, "arithmetic": f"{dtype} on {ctx.compute_device}"}
-    return LayeredModel(source, meta, dtype=dtype, devices=devices), identity
+    return LayeredModel(source, meta, dtype=torch.float32 if exact else dtype, devices=devices), identity
 
 
 def _rows_per_batch(ctx: Context, ids: Tensor, tokens: int | None = None) -> int:
     return max(1, (tokens or TOKENS[ctx.compute_device]) // ids.shape[1])
+
+
+def split_alike(one: list[Batch], other: list[Batch]) -> None:
+    """Halve batches until those at one place have the same rows: either list may hold some that did not fit whole."""
+    at = 0
+    while at < len(one):
+        sizes = len(one[at].ids), len(other[at].ids)
+        larger = one if sizes[0] > sizes[1] else other
+        if sizes[0] == sizes[1]:
+            at += 1
+        else:
+            larger[at : at + 1] = larger[at].halves()
 
 
 class LayerByLayer:
@@ -181,7 +212,7 @@ class LayerByLayer:
         self.probe = self.layered.start(ids[:1, :16], 1)[0]
         if self.known is None or self.quantizer.sequential:
             self.batches = self.layered.start(ids, rows_per_batch)
-        if self.quantizer.targeted:
+        if self.quantizer.targeted or self.quantizer.compares:
             self.floats = self.layered.start(ids, rows_per_batch)
 
     def layer(self, index: int, name: str, block: nn.Module, groups: dict[str, Any]) -> None:
@@ -190,24 +221,28 @@ class LayerByLayer:
 
         began, sequential = perf_counter(), self.quantizer.sequential
         advance = partial(self.layered.advance, index, block)
-        self.layered.advance(index, block, self.floats)
         if name in self.writer.shards.marks:
+            advance(self.floats)
             if sequential:
                 self._recall(name, block, groups)
             advance(self.batches)
             return
         layer = Layer(name, block, self.source.dtype(), self.quantizer.symmetric)
         self._look(layer, index)
-        if self.known is not None and not sequential:
-            device = self.layered.device
-            layer.statistics = {site: self.known.get(layer.input_name(site), device) for site in layer.sites}
+        source = block
+        if self.quantizer.compares:
+            source = copy.deepcopy(block)  # what is compared with when the weights change
+            layer.compare = partial(self._compare, layer, index, source)
+            layer.compare(layer.sites)
         else:
-            with layer.watching() as count:
-                (self.layered.run_through if sequential else self.layered.advance)(index, block, self.batches, count)
+            advance(self.floats)
+            self._watch(layer, index)
         if self.keeper is not None:
             layer.save(self.keeper)
         block.float()
         layer.check()
+        if self.quantizer.targeted:
+            split_alike(self.floats, self.batches)
         layer.rows = Rows(
             len(self.batches),
             lambda i: self.layered.apply(index, block, self.batches[i]),
@@ -225,6 +260,8 @@ class LayerByLayer:
         seconds = round((perf_counter() - began) / max(len(results), 1), 4)
         self.writer.shards.mark(name, {f"{name}.{n}": r.facts() | {"seconds": seconds} for n, r in results.items()})
         if sequential:
+            if source is not block:
+                self.layered.advance(index, source, self.floats)
             layer.put(results, self.layered.dtype)
             advance(self.batches)
 
@@ -239,6 +276,24 @@ class LayerByLayer:
             layer.look(partial(self.layered.apply, index, layer.block, self.probe), self.layered.head_dim())
             self.sites[made] = layer.sites
         layer.sites = self.sites[made]
+
+    def _watch(self, layer: Layer, index: int) -> None:
+        """Gather the statistics of a layer's inputs, or take those that are known."""
+        if self.known is not None and not self.quantizer.sequential:
+            device = self.layered.device
+            layer.statistics = {site: self.known.get(layer.input_name(site), device) for site in layer.sites}
+        else:
+            run = self.layered.run_through if self.quantizer.sequential else self.layered.advance
+            with layer.watching() as count:
+                run(index, layer.block, self.batches, count)
+
+    def _compare(self, layer: Layer, index: int, source: nn.Module, sites: list[Site]) -> None:
+        """Gather the statistics of some inputs of a layer, compared with those in ``source``, the layer as it was."""
+        split_alike(self.floats, self.batches)
+        with layer.comparing(source, sites) as (expect, count):
+            for theirs, own in zip(self.floats, self.batches, strict=True):  # the inputs of one pair are in memory
+                self.layered.run_through(index, source, [theirs], expect)
+                self.layered.run_through(index, layer.block, [own], count)
 
     def _recall(self, name: str, block: nn.Module, groups: dict[str, Any]) -> None:
         """Give a layer the weights that a killed run wrote for it."""

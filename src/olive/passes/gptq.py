@@ -26,10 +26,20 @@ class Gptq(Calibrated, sources=("olive.passes.gptq", *GPTQ)):
     damping: float = Field(0.01, gt=0)
     """Share of the mean input energy that is added to every channel's, for stability."""
 
+    compensate: bool = False
+    """Also make up for what earlier layers' rounding did to a layer's inputs, against the float model's (after GPTAQ,
+    arXiv 2504.02692, 2025)."""
+
     sequential: ClassVar[bool] = True
+
+    @property
+    def compares(self) -> bool:
+        return self.compensate
 
     def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
         """Choose ranges, then codes."""
-        from olive.quant.gptq import with_ranges
+        from olive.quant.gptq import compensate, with_ranges
 
+        if self.compensate:
+            layer.compensate(groups, partial(compensate, damping=self.damping))
         return layer.round(groups, partial(with_ranges, damping=self.damping), self.refine)

@@ -18,9 +18,9 @@ class Tune(Calibrated, sources=("olive.passes.tune", "olive.quant.tune", *GPTQ))
     """GPTQ's codes, then rounding and scales of each layer tuned together by signed gradients of its output's error
     (AutoRound, arXiv 2309.05516, 2023). The slowest and the most accurate."""
 
-    iterations: int = Field(200, ge=1)
-    """Steps per layer; 50 are the light tier."""
-    rate: float = Field(0.005, gt=0)
+    iterations: int = Field(100, ge=1)
+    """Steps per layer."""
+    rate: float = Field(0.0025, gt=0)
     """First step of the offsets that are added before rounding, in units of a code; it falls to 0."""
     refine: int = Field(1, ge=0)
     """Rounds of fitting each weight's scales, then its codes, anew to the layer's output before it is tuned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -82,6 +83,10 @@ class Layer:
         self.sites: list[Site] = []
         self.statistics: dict[Site, InputStatistics] = {}
         self.rows: Rows | None = None
+        self.compared: list[Site] = []
+        """Sites whose inputs can be compared with the float model's, in the order in which they run."""
+        self.compare: Callable[[list[Site]], None] | None = None
+        """Gathers the statistics of some sites anew, with that comparison."""
 
     def look(self, probe: Callable[[], Tensor], head_dim: int | None) -> None:
         """Find the sites; ``probe`` runs the layer on a small input."""
@@ -92,19 +97,55 @@ class Layer:
     def watching(self) -> Iterator[Callable[..., None]]:
         """Gather the statistics of every site's input. Yields what has to be called after each run of the layer that
         counts: a run that fails half-way does not."""
+        with self._inputs(self.block, self.sites) as pending:
+            yield partial(self._count, pending)
+
+    @contextmanager
+    def comparing(
+        self, source: nn.Module, sites: list[Site]
+    ) -> Iterator[tuple[Callable[..., None], Callable[..., None]]]:
+        """Gather the same for some ``sites``, and how their inputs differ from those in ``source``, the float model's
+        layer. Yields what has to be called after each run of ``source``, and then after each run of this layer on the
+        same rows.
+
+        Experts are not compared: the two send them different tokens.
+        """
+        expected: dict[Site, Tensor] = {}
+        with self._inputs(source, sites) as theirs, self._inputs(self.block, sites) as pending:
+
+            def expect(_: Any, out: Tensor) -> None:
+                for site, x in _whole(theirs, out).items():
+                    expected[site] = torch.cat([expected[site], x]) if site in expected else x
+                theirs.clear()
+
+            def count(_: Any, out: Tensor) -> None:
+                seen = _whole(pending, out)
+                self.compared = list(seen)
+                for site in list(expected):
+                    wanted = expected.pop(site)
+                    if site in seen:
+                        self.statistics[site].compare(seen[site], wanted[: len(seen[site])])
+                        if len(wanted) > len(seen[site]):  # this was a part of a batch that did not fit
+                            expected[site] = wanted[len(seen[site]) :]
+                self._count(pending)
+
+            yield expect, count
+
+    def _count(self, pending: dict[Site, Tensor], *_: Any) -> None:
+        for site in list(pending):
+            self.statistics[site].add(pending.pop(site))
+
+    @contextmanager
+    def _inputs(self, block: nn.Module, sites: list[Site]) -> Iterator[dict[Site, Tensor]]:
+        """Yield what each site's input was in the last run of ``block``, as they ran; forget the statistics."""
         pending: dict[Site, Tensor] = {}
-        hooks = [self.block.register_forward_pre_hook(lambda *_: pending.clear())]
-        for site in self.sites:
-            first: Any = self.block.get_submodule(site.linears[0])
+        hooks = [block.register_forward_pre_hook(lambda *_: pending.clear())]
+        for site in sites:
+            first: Any = block.get_submodule(site.linears[0])
             self.statistics[site] = InputStatistics(first.in_features, first.weight.device)
             hooks.append(first.register_forward_pre_hook(_keep(pending, site)))
-
-        def count(*_: Any) -> None:
-            for site in list(pending):
-                self.statistics[site].add(pending.pop(site))
-
         try:
-            yield count
+            yield pending
         finally:
             for hook in hooks:
                 hook.remove()
@@ -142,6 +183,30 @@ class Layer:
         for name in site.linears:
             self.weight(name).mul_(applied)
         self.statistics[site].rescale(applied)
+
+    def compensate(self, groups: Mapping[str, Any], compensation: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        """Change the weights that ``groups`` quantizes so that they make up for how their inputs differ from the float
+        model's. ``compensation`` maps a weight [N, K], the Gram matrix [K, K] and the mean of (x' - x) x^T [K, K], with
+        x' the float model's input, to the new weight.
+
+        A change brings the later inputs of the layer nearer to the float model's, so they are compared anew: made up
+        for twice, a difference would come back with the other sign.
+        """
+        assert self.compare is not None
+        order, stale = self.compared, False
+        for i, site in enumerate(order):
+            names = [name for name in site.linears if groups.get(name)]
+            if stale and names:
+                self.compare([later for later in self.sites if later not in order[:i]])
+                stale = False
+            statistics = self.statistics[site]
+            cross = statistics.mean_cross()
+            if cross is not None and statistics.tokens >= few_tokens(statistics.k):
+                for weight in map(self.weight, names):
+                    weight.copy_(compensation(weight, statistics.mean_gram(), cross))
+                    stale = True
+        if stale and len(order) < len(self.sites):
+            self.compare([site for site in self.sites if site not in order])
 
     def round(self, groups: Mapping[str, Any], rounding: Rounding, refining: int = 0) -> Results:
         """Quantize every linear that ``groups`` gives bits and a group size; what reads one input goes together.
@@ -205,6 +270,12 @@ class Layer:
         for name, result in results.items():
             self.weight(name).copy_(result.weight.dequantize())
         self.block.to(dtype)
+
+
+def _whole(pending: Mapping[Site, Tensor], out: Tensor) -> dict[Site, Tensor]:
+    """Return the inputs that hold every token of the layer's output [B, T, K], as [B * T, K]."""
+    tokens = out.shape[:-1].numel()
+    return {site: x.flatten(0, -2) for site, x in pending.items() if x.shape[:-1].numel() == tokens}
 
 
 def _keep(pending: dict[Site, Tensor], site: Site) -> Callable[..., None]:

@@ -29,6 +29,8 @@ class InputStatistics:
         self.tokens = 0
         self._sums: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         self._done: tuple[Tensor, Tensor, Tensor] | None = None
+        self._cross: dict[torch.device, Tensor] = {}
+        self._compared = 0
 
     def add(self, x: Tensor) -> None:
         """Count the rows of ``x`` [..., K]."""
@@ -44,6 +46,16 @@ class InputStatistics:
             absolute += size.sum(0)
             torch.maximum(largest, size.amax(0), out=largest)
         self.tokens += len(x)
+
+    def compare(self, x: Tensor, expected: Tensor) -> None:
+        """Count what the rows of ``x`` [..., K] lack of ``expected``, the float model's; :meth:`add` counts them."""
+        x, expected = x.reshape(-1, self.k), expected.reshape(-1, self.k)  # [B, T, K] -> [B * T, K]
+        if x.device not in self._cross:
+            self._cross[x.device] = torch.zeros(self.k, self.k, device=x.device)
+        for rows, wanted in zip(x.split(ROWS), expected.split(ROWS), strict=True):
+            rows = rows.float()
+            self._cross[x.device].addmm_((wanted.float() - rows).t(), rows)
+        self._compared += len(x)
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sum of x x^T (float32 [K, K], exactly symmetric), that of abs(x) and the largest abs(x) [K]."""
@@ -68,6 +80,16 @@ class InputStatistics:
     def mean_gram(self) -> Tensor:
         """Return G = X^T X / T, float32 [K, K]."""
         return self.sums()[0] / max(self.tokens, 1)
+
+    def mean_cross(self) -> Tensor | None:
+        """Return the mean of (x' - x) x^T with x' the float model's input, float32 [K, K]; None unless every token was
+        compared."""
+        if not self._cross or self._compared != self.tokens:
+            return None
+        total = torch.zeros(self.k, self.k, device=self.device)
+        for device in sorted(self._cross, key=str):
+            total += self._cross[device].to(self.device)
+        return total / self.tokens
 
     def mean_absolute(self) -> Tensor:
         """Return the mean of abs(x) per channel, [K]."""

@@ -56,8 +56,9 @@ class TunedLinear(nn.Module):
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Move against the signs of the gradients."""
-        assert self.offset.grad is not None and self.factor.grad is not None
+        """Move against the signs of the gradients; an expert that no token reached has none."""
+        if self.offset.grad is None or self.factor.grad is None:
+            return
         self.offset.sub_(self.offset.grad.sign_(), alpha=rate).clamp_(-0.5, 0.5)
         self.factor.sub_(self.factor.grad.sign_(), alpha=rate * SCALE_RATE).clamp_(0.5, 1.5)
         self.offset.grad = self.factor.grad = None
