@@ -19,9 +19,12 @@ LAYERS = [
     {"evaluate"},
     {"train", "decoder"},
     {"passes"},
+    {"goals"},
     {"workflow"},
     {"plan", "report", "verify"},
+    {"measure"},
     {"engine"},
+    {"search"},
     {"cli"},
     {"__main__"},
 ]

@@ -32,6 +32,18 @@ class Report:
     output_bytes: int = 0
     verification: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the workflow's evaluators measured on the result."""
+    metrics_source: dict[str, float] = field(default_factory=dict)
+    """The same of the input model, as far as goals are relative to it."""
+    goals: list[dict[str, Any]] = field(default_factory=list)
+    """``{goal, met, value}`` of each goal; ``met`` is None for a direction."""
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    """``{number, state, values, metrics, feasible, reason, seconds, steps}`` of each trial of a search."""
+    pareto: list[int] = field(default_factory=list)
+    """Numbers of the trials that no other beats in every objective."""
+    best: int | None = None
+    """Number of the trial that became the output."""
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from olive.evaluate.evaluators import Evaluator, Measuring
-from olive.evaluate.metrics import METRICS, Metric
 from olive.model import Model, files
 
 
 class Size(Evaluator):
     """Bytes on disk."""
 
-    def metrics(self) -> dict[str, Metric]:
-        return {"size_on_disk": METRICS["size_on_disk"]}
+    names = ("size_on_disk",)
 
     def measure(self, model: Model, ctx: Measuring) -> dict[str, float]:  # noqa: ARG002
         return {"size_on_disk": float(sum((model.path / name).stat().st_size for name in files(model.path)))}

@@ -5,18 +5,16 @@ from __future__ import annotations
 from olive.data.spec import DataSpec
 from olive.errors import ConfigError
 from olive.evaluate.evaluators import Evaluator, Measuring
-from olive.evaluate.metrics import METRICS, Metric
 from olive.model import Model
 
 
-class Quality(Evaluator):
+class TextQuality(Evaluator):
     """Perplexity, KL divergence and top-1 agreement on a text."""
+
+    names = ("perplexity", "kl_divergence", "top1_agreement")
 
     data: DataSpec | None = None
     """The text; by default a small shipped one."""
-
-    def metrics(self) -> dict[str, Metric]:
-        return {name: METRICS[name] for name in ("perplexity", "kl_divergence", "top1_agreement")}
 
     def measure(self, model: Model, ctx: Measuring) -> dict[str, float]:
         import torch
