@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from olive.goals import Verdict
-from olive.search.space import Choice, Hole, Point, Space
+from olive.search.space import Choice, Hole, Point, Space, plain
 
 if TYPE_CHECKING:
     import optuna
 
-REDRAWS = 64
+REDRAWS = 24
 """Draws of points that were tried before, until an untried one is taken."""
 LISTED = 4096
 """Spaces of at most this many points are listed to find the untried ones."""
@@ -40,28 +40,47 @@ class Sampler(Protocol):
         """Learn how a point was judged; None: it failed or was dropped."""
 
 
-def sampler(name: str, space: Space, *, seed: int, objectives: int, identity: Callable[[Point], str]) -> Sampler:
-    """Make a sampler by its name; points of the same ``identity`` count as one."""
+class Tried:
+    """The points that were asked; those of the same identity count as one."""
+
+    def __init__(self, identity: Callable[[Point], str]) -> None:
+        self._identity = identity
+        self._known: dict[str, str] = {}
+        self._tried: set[str] = set()
+
+    def name(self, point: Point) -> str:
+        """Return the identity of a point."""
+        key = plain(point)
+        if key not in self._known:
+            self._known[key] = self._identity(point)
+        return self._known[key]
+
+    def add(self, point: Point) -> bool:
+        """Take a point down; False if it was there."""
+        count = len(self._tried)
+        self._tried.add(self.name(point))
+        return len(self._tried) > count
+
+    def __contains__(self, point: Point) -> bool:
+        return self.name(point) in self._tried
+
+
+def sampler(name: str, space: Space, tried: Tried, *, seed: int, objectives: int) -> Sampler:
+    """Make a sampler by its name; it asks for nothing that was tried."""
     if name == "grid":
-        return Grid(space, identity)
-    return Optuna(name, space, seed=seed, objectives=objectives, identity=identity)
+        return Grid(space, tried)
+    return Optuna(name, space, tried, seed=seed, objectives=objectives)
 
 
 class Grid:
     """Every point in order."""
 
-    def __init__(self, space: Space, identity: Callable[[Point], str]) -> None:
+    def __init__(self, space: Space, tried: Tried) -> None:
         self._points: Iterator[Point] = space.points()
-        self._identity = identity
-        self._seen: set[str] = set()
+        self._tried = tried
 
     def ask(self) -> Asked | None:
-        for point in self._points:
-            known = self._identity(point)
-            if known not in self._seen:
-                self._seen.add(known)
-                return Asked(point)
-        return None
+        return next((Asked(point) for point in self._points if self._tried.add(point)), None)
 
     def tell(self, asked: Asked, verdict: Verdict | None) -> None:
         """The order is fixed."""
@@ -70,13 +89,10 @@ class Grid:
 class Optuna:
     """A study in memory; equal seeds, asks and tells give equal points."""
 
-    def __init__(
-        self, name: str, space: Space, *, seed: int, objectives: int, identity: Callable[[Point], str]
-    ) -> None:
+    def __init__(self, name: str, space: Space, tried: Tried, *, seed: int, objectives: int) -> None:
         import optuna
 
-        self._space, self._identity = space, identity
-        self._seen: set[str] = set()
+        self._space, self._tried = space, tried
         self._random = random.Random(seed)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with warnings.catch_warnings():
@@ -102,12 +118,10 @@ class Optuna:
 
         trial = self._study.ask()
         point = self._space.draw(lambda hole: _suggest(trial, hole))
-        known = self._identity(point)
-        if known in self._seen:
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the samplers leave these out
-            return None
-        self._seen.add(known)
-        return Asked(point, trial)
+        if self._tried.add(point):
+            return Asked(point, trial)
+        self._study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the samplers leave these out
+        return None
 
     def _open(self, point: Point) -> list[Hole]:
         return [hole for hole in self._space.holes if hole.path in point and hole.path not in self._space.fixed]
@@ -116,7 +130,7 @@ class Optuna:
         size = self._space.size()
         if size is None or size > LISTED:
             return []
-        return [point for point in self._space.points() if self._identity(point) not in self._seen]
+        return [point for point in self._space.points() if point not in self._tried]
 
     def tell(self, asked: Asked, verdict: Verdict | None) -> None:
         import optuna

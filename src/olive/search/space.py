@@ -302,7 +302,7 @@ def _mistakes(
     return mistakes(*pass_options(filled, named, where), f"{where}.")
 
 
-def identity(data: Any) -> str:
+def plain(data: Any) -> str:
     """Return a text that is the same for the same plain data."""
     return json.dumps(data, sort_keys=True, default=str)
 

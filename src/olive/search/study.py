@@ -22,8 +22,8 @@ from olive.goals import Judge, Verdict, metric_names, source_metrics
 from olive.plan import check_places, open_source, plan, step_digest, version
 from olive.search.journal import Journal, open_journal
 from olive.search.pareto import best, front
-from olive.search.samplers import Asked, Sampler, sampler
-from olive.search.space import STAND_IN, Point, Space, fill, identity, read_space
+from olive.search.samplers import Asked, Sampler, Tried, sampler
+from olive.search.space import STAND_IN, Point, Space, fill, plain, read_space
 from olive.search.trial import Task, Trial, has_parts, no_output
 from olive.search.workers import Workers, open_workers
 from olive.workflow import Search, Workflow, as_data, read_workflow
@@ -58,7 +58,7 @@ def search(
     _, _, inputs = open_source(head)
     output = check_places(head, inputs, cache, overwrite=overwrite)
     folder = Path(options.study).expanduser() if options.study else output.with_name(output.name + ".study")
-    with open_workers(options, progress) as workers, open_journal(folder, _about(template, head)) as journal:
+    with open_workers(options, progress) as workers, open_journal(folder, about(template, head)) as journal:
         study = Study(template, space, head, cache, journal, workers, progress)
         ended = study.run()
     return study.found(ended)
@@ -73,10 +73,10 @@ def _check(head: Workflow, options: Search, where: str) -> None:
         )
 
 
-def _about(template: Mapping[str, Any], head: Workflow) -> dict[str, Any]:
+def about(template: Mapping[str, Any], head: Workflow) -> dict[str, Any]:
     """What a study is of. Its limits and workers may change when it goes on."""
     options = head.search or Search()
-    data = {key: value for key, value in template.items() if key not in ("search", "output_dir", "verify")}
+    data = {key: value for key, value in template.items() if key not in ("search", "seed", "output_dir", "verify")}
     how = options.model_dump(include={"sampler", "order", "proxy"})
     return {"study": 1, "template": step_digest(data), "seed": head.seed, **how, "optuna": version("optuna")}
 
@@ -95,6 +95,7 @@ class Study:
         self._source: dict[str, float] | None = None if source_metrics(head.goals) else {}
         self._began = time.monotonic() - journal.seconds
         self._asked: list[Asked] = []
+        self._tried = Tried(self._identity)
         self._trials: dict[int, Trial] = dict(journal.finished)
         self._told = 0
         self._verdicts: dict[int, Verdict] = {}
@@ -123,22 +124,9 @@ class Study:
 
     def _stage(self, space: Space, limit: float, stage: int) -> str:
         """Search one space; the number of trials may reach ``limit``."""
-        filled: dict[str, dict[str, Any]] = {}
-
-        def known(point: Point) -> str:
-            """Points that give the same workflow are one."""
-            key = identity(point)
-            if key not in filled:
-                filled[key] = fill(self._template, self._space, point)
-            try:
-                return identity(as_data(read_workflow(filled[key])))
-            except OliveError:
-                return key
-
         objectives = len(self._judge_names())
-        own = sampler(
-            self._options.sampler, space, seed=self._head.seed + stage, objectives=objectives, identity=known
-        )  # fmt: skip
+        seed = self._head.seed + stage
+        own = sampler(self._options.sampler, space, self._tried, seed=seed, objectives=objectives)
         ended, first = "", len(self._asked)
         while not ended:
             number = len(self._asked)
@@ -152,6 +140,13 @@ class Study:
                 ended = "space: no combination is left that was not tried"
         self._tell(own, first, len(self._asked))
         return ended
+
+    def _identity(self, point: Point) -> str:
+        """Points that give the same workflow are one."""
+        try:
+            return plain(as_data(read_workflow(fill(self._template, self._space, point))))
+        except ConfigError:
+            return plain(point)
 
     def _ended(self, limit: float) -> str:
         if self._counted() >= limit:

@@ -121,10 +121,8 @@ class Processes:
 
 def _begin(threads: int) -> None:
     """Prepare a worker: Ctrl-C is the parent's business, the workers share the cores, and none outlives the parent."""
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -142,12 +140,14 @@ def died(task: Task) -> Trial:
 
 
 class Ray:
-    """A Ray cluster: each trial is a task with its request for cores and GPUs. The cache's folder must be one that all
-    nodes see."""
+    """A Ray cluster: each trial is a task with its request for cores and GPUs. All nodes must see the folders of the
+    cache, the model and the data."""
 
     def __init__(self, options: Search) -> None:
         self._ray: Any = require("ray", "distributed")
-        self._connect(str(options.workers))
+        self._joined = not self._ray.is_initialized()
+        if self._joined:
+            self._connect(str(options.workers))
         total = self._ray.cluster_resources()
         self.count = int(total.get("CPU", 0) // options.cpus)
         if options.gpus:
@@ -191,4 +191,5 @@ class Ray:
         """Cancel what runs, and leave the cluster; one that was started for the search ends."""
         for reference in self._busy if hasattr(self, "_busy") else ():
             self._ray.cancel(reference, force=True)
-        self._ray.shutdown()
+        if self._joined:
+            self._ray.shutdown()
