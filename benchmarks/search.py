@@ -37,7 +37,7 @@ def template(args: argparse.Namespace, goals: list[str], **options: Any) -> dict
         "passes": [
             {"type": "rotate"},
             {
-                "type": {"choice": ["rtn", "kquant", "hqq"]},
+                "type": {"choice": ["rtn", "kquant"]},
                 "bits": {"choice": [3, 4, 8]},
                 "group_size": {"choice": [32, 64, 128]},
             },

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+
 from olive.data.spec import DataSpec
 from olive.errors import ConfigError
 from olive.evaluate.evaluators import Evaluator, Measuring
@@ -30,7 +33,16 @@ class TextQuality(Evaluator):
             raise ConfigError("quality: needs the source model to compare with")
         tokenizer = load_tokenizer(ctx.source.path, ctx.source.trust_remote_code)
         ids = windows(self.data, tokenizer) if self.data else text_windows(heldout_text(), tokenizer, 256, 8)
-        expected = checkpoint_logits(ctx.source, ids, ctx.compute_device)
+        kept = ctx.cache_dir / f"{hash_of(str(ctx.source.path), ids)}.pt" if ctx.cache_dir else None
+        if kept is not None and kept.is_file():
+            expected = torch.load(kept, mmap=True)
+        else:
+            expected = [row.cpu() for row in checkpoint_logits(ctx.source, ids, ctx.compute_device)]
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                fresh = kept.with_suffix(f".{os.getpid()}")
+                torch.save(expected, fresh)
+                fresh.rename(kept)
         if model.kind == "hf":
             found = checkpoint_logits(model, ids, ctx.compute_device)
         else:
@@ -41,3 +53,7 @@ class TextQuality(Evaluator):
             sums.add(want.cpu(), got.cpu(), ids[row : row + 1])
         figures = sums.figures()
         return {name: figures[name] for name in self.metrics()}
+
+
+def hash_of(path: str, ids: object) -> str:
+    return hashlib.sha256(f"{path} {ids.tolist()}".encode()).hexdigest()[:32]  # type: ignore[attr-defined]
