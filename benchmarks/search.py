@@ -120,9 +120,9 @@ def main() -> None:
         number = sum(good(t, goal, limit) for t in feasible)
         for sampler in args.samplers:
             needed = [hits(replay(args, trials, sampler, seed, limit), goal, limit) for seed in range(args.seeds)]
-            within = sum(n <= args.trials for n in needed)
+            within = f"{sum(n <= args.trials for n in needed)} of {args.seeds} within {args.trials}"
             print(
-                f"| {limit:g} | {number} of {len(trials)} | {sampler} | {within} of {args.seeds} within {args.trials} | "
+                f"| {limit:g} | {number} of {len(trials)} | {sampler} | {within} | "
                 f"{statistics.median(needed):g} | {' '.join(map(str, needed))} |"
             )
 

@@ -84,7 +84,7 @@ def test_a_metric_of_several_evaluators_is_addressed_with_its_evaluator() -> Non
     assert list(names) == ["books.loss", "news.loss", "speed"]
     assert read_goal("books.loss minimal", names, "g").metric == "books.loss"
     assert read_goal("news.speed maximal", names, "g").metric == "speed"
-    with pytest.raises(ConfigError, match="several evaluators have it, say which: books.loss, news.loss"):
+    with pytest.raises(ConfigError, match=r"several evaluators have it, say which: books.loss, news.loss"):
         read_goal("loss minimal", names, "g")
 
 
@@ -124,9 +124,11 @@ def test_objectives_are_in_the_order_of_their_priority_and_all_minimized() -> No
 
 
 def test_goals_are_told_with_their_value() -> None:
-    rows = judge("loss <= input * 1.05", "speed >= input - 1", "size minimal", source={"loss": 2.0, "speed": 5.0}).judge(
-        {"loss": 2.05, "speed": 3.0, "size": 7.0}
-    ).rows
+    rows = (
+        judge("loss <= input * 1.05", "speed >= input - 1", "size minimal", source={"loss": 2.0, "speed": 5.0})
+        .judge({"loss": 2.05, "speed": 3.0, "size": 7.0})
+        .rows
+    )
     assert rows == [
         {"goal": "loss <= input + 5%", "met": True, "value": 2.05},
         {"goal": "speed >= input - 1", "met": False, "value": 3.0},

@@ -201,24 +201,21 @@ class Judge:
 
     def judge(self, figures: Mapping[str, float]) -> Verdict:
         """Judge a model's figures; a figure that is missing or no finite number is a failure."""
-        missed, rows = [], []
+        values, missed, rows, hard = [], [], [], {}
         for (goal, metric), bound in zip(self._goals, self._bounds, strict=True):
             value = figures.get(goal.metric)
             if value is None:
                 raise PassError(f"{goal.metric}: was not measured, but a goal asks for it")
             if not math.isfinite(value):
                 raise PassError(f"{goal.metric}: is {value}, not a finite number")
-            less = metric.direction == "minimize"
-            beyond = 0.0 if bound is None else max(0.0, value - bound if less else bound - value)
+            sign, text = 1 if metric.direction == "minimize" else -1, goal.text(metric)
+            beyond = 0.0 if bound is None else max(0.0, sign * (value - bound))
+            values.append(sign * value)
             missed.append(beyond / max(abs(bound or 0), TINY))
-            rows.append({"goal": goal.text(metric), "met": None if bound is None else beyond == 0, "value": value})
-        hard = {row["goal"]: far for (goal, _), bound, row, far in zip(
-            self._goals, self._bounds, rows, missed, strict=True) if goal.hard and bound is not None}  # fmt: skip
-        objectives = []
-        for place in self._order:
-            goal, metric = self._goals[place]
-            signed = rows[place]["value"] * (1 if metric.direction == "minimize" else -1)
-            objectives.append(signed if self._bounds[place] is None else missed[place])
+            rows.append({"goal": text, "met": None if bound is None else beyond == 0, "value": value})
+            if goal.hard and bound is not None:
+                hard[text] = missed[-1]
+        objectives = (values[place] if self._bounds[place] is None else missed[place] for place in self._order)
         return Verdict(not any(hard.values()), hard, tuple(objectives), rows)
 
 

@@ -13,8 +13,8 @@ from olive.workflow import as_yaml, read_workflow
 
 
 def template(*passes: Any, **more: Any) -> dict[str, Any]:
-    return {"input_model": {"path": "m"}, "passes": list(passes), "output_dir": "out", "goals": ["size_on_disk minimal"],
-            **more}  # fmt: skip
+    head = {"input_model": {"path": "m"}, "output_dir": "out", "goals": ["size_on_disk minimal"]}
+    return head | {"passes": list(passes)} | more
 
 
 ALTERNATIVES = template(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import Fake, Stop, run, template
 
 from olive.errors import ConfigError
 from olive.search.study import Found
-from running import Fake, Stop, run, template
 
 SAMPLERS = ["tpe", "random", "grid", "nsga2", "qmc"]
 RTN = {"type": "rtn", "bits": {"choice": [2, 3, 4, 8]}, "group_size": {"choice": [32, 64]},
@@ -120,7 +120,7 @@ def test_a_search_may_go_on_with_other_limits_and_workers_but_not_as_another_sea
     told = "study: holds trials of another search .seed differ.; delete the folder, or name another one"
     with pytest.raises(ConfigError, match=told):
         run(data | {"seed": 1}, Fake(figures), tmp_path)
-    with pytest.raises(ConfigError, match="another search .sampler, template differ."):
+    with pytest.raises(ConfigError, match=r"another search .sampler, template differ."):
         run(data | {"search": {"sampler": "qmc"}, "goals": GOALS[1:]}, Fake(figures), tmp_path)
 
 
@@ -150,7 +150,9 @@ def test_failed_trials_are_recorded_with_their_reason_and_never_ranked(model: Pa
         return figures(values)
 
     for order in ("joint", "pass_by_pass"):
-        data = template(model, RTN, goals=["kl_divergence minimal", "size_on_disk minimal"], sampler="grid", order=order)
+        data = template(
+            model, RTN, goals=["kl_divergence minimal", "size_on_disk minimal"], sampler="grid", order=order
+        )
         found = run(data, Fake(some_fail), tmp_path / order)
         reasons = {t.values["passes.0.bits"]: t.reason for t in found.trials if t.state == "failed"}
         assert reasons == {
@@ -239,7 +241,10 @@ def test_pass_by_pass_searches_the_sum_of_the_passes_and_keeps_the_best_of_each(
     def both(values: dict[str, Any]) -> dict[str, float]:
         found = figures(values)
         saved = {"float": 0, "int8": 2e6, "int4": 3e6}[values["passes.1.lm_head"]]
-        return {"kl_divergence": found["kl_divergence"] * (1 + saved / 1e6), "size_on_disk": found["size_on_disk"] - saved}
+        return {
+            "kl_divergence": found["kl_divergence"] * (1 + saved / 1e6),
+            "size_on_disk": found["size_on_disk"] - saved,
+        }
 
     data = template(model, RTN, two, goals=GOALS, sampler=sampler, order="pass_by_pass", trials=1000)
     found = run(data, Fake(both), tmp_path)

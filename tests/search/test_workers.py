@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_trial import EASY, RTN, task
 
 from olive.cache import Cache
 from olive.errors import ConfigError, OliveError
@@ -18,7 +19,6 @@ from olive.measure import alone, beside_others
 from olive.search.study import Found, search
 from olive.search.workers import RETRIES, Processes, Ray, open_workers
 from olive.workflow import Search
-from test_trial import EASY, RTN, task
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -151,14 +151,15 @@ def cluster() -> Any:
     ray.shutdown()
 
 
-def test_a_ray_cluster_gives_the_table_of_one_process(model: Path, tmp_path: Path, cluster: Any) -> None:
+@pytest.mark.usefixtures("cluster")
+def test_a_ray_cluster_gives_the_table_of_one_process(model: Path, tmp_path: Path) -> None:
     two = grid(model, tmp_path / "ray", workers="ray")
     one = grid(model, tmp_path / "one")
     assert table(two) == [(t.number, t.state, t.values, t.metrics) for t in one.trials]
     told = "search.workers: a trial asks for 3 CPU and 0 GPU, the Ray cluster has 2 CPU and 0 GPU"
     with pytest.raises(ConfigError, match=told):
         Ray(Search(workers="ray", cpus=3))
-    with pytest.raises(ConfigError, match="a trial asks for 1 CPU and 0.5 GPU, the Ray cluster has 2 CPU and 0 GPU"):
+    with pytest.raises(ConfigError, match=r"a trial asks for 1 CPU and 0.5 GPU, the Ray cluster has 2 CPU and 0 GPU"):
         Ray(Search(workers="ray", gpus=0.5))
 
 

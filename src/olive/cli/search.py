@@ -51,7 +51,8 @@ def nothing(found: Found) -> str:
     """Say why no trial can be the result."""
     complete = [trial for trial in found.trials if trial.state == "complete"]
     if complete:
-        return f"no trial meets the hard goals: of {len(complete)} complete ones, trial {complete[0].number} {complete[0].reason}"
+        first = complete[0]
+        return f"no trial meets the hard goals: of {len(complete)} complete ones, trial {first.number} {first.reason}"
     reasons = [trial.reason or "" for trial in found.trials]
     common = max(set(reasons), key=reasons.count)
     return f"no trial was completed: {reasons.count(common)} of {len(reasons)} failed with: {common}"

@@ -242,7 +242,9 @@ def _hole(mark: Mapping[str, Any], path: str, place: Place, when: tuple[str, str
     known = {"choice"} if "choice" in mark else {"range", "log", "step"}
     unknown = sorted(map(str, set(mark) - known))
     if unknown:
-        raise ConfigError(f"{where}: {path}: unknown word {unknown[0]!r} in a hole; allowed: {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"{where}: {path}: unknown word {unknown[0]!r} in a hole; allowed: {', '.join(sorted(known))}"
+        )
     if "choice" in mark:
         values = mark["choice"]
         if not isinstance(values, list) or not values:
@@ -260,7 +262,10 @@ def _hole(mark: Mapping[str, Any], path: str, place: Place, when: tuple[str, str
         raise ConfigError(f"{where}: {path}: log: true or false; true only for a range above 0 and without a step")
     if step is not None and not (type(step) in (int, float) and 0 < step <= ends[1] - ends[0]):
         raise ConfigError(f"{where}: {path}: step: expected a number from above 0 to the range's width, got {step!r}")
-    return Range(path, place, when, *ends, log=log, step=step)
+    low, high = ends
+    if step is not None:
+        high = low + math.floor((high - low) / step + 1e-9) * step  # the last one that is reached
+    return Range(path, place, when, low, high, log, step)
 
 
 def _check(space: Space, data: Mapping[str, Any], where: str) -> Iterator[str]:

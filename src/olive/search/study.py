@@ -266,4 +266,3 @@ class Study:
         leader = self._best()
         filled = fill(self._template, self._space, self._trials[leader].values) if leader is not None else {}
         return Found(trials, front(self._candidates()), leader, ended, filled)
-

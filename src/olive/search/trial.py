@@ -145,5 +145,3 @@ def hopeless(planned: Plan, figures: Mapping[str, float], task: Task) -> str | N
 
 def _objectives(judge: Judge, rivals: Sequence[Mapping[str, float]]) -> list[tuple[float, ...]]:
     return [judge.judge(rival).objectives for rival in rivals]
-
-
