@@ -12,7 +12,7 @@ the table's KL divergences.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -77,7 +77,7 @@ class Table:
 def replay(args: argparse.Namespace, trials: list[Trial], sampler: str, seed: int, limit: float) -> list[Trial]:
     """Search with one seed over the table."""
     goals = [f"kl_divergence <= {limit}", "size_on_disk minimal"]
-    data = template(args, goals, sampler=sampler, trials=len(trials)) | {"seed": seed}
+    data = template(args, goals, sampler=sampler, trials=args.trials) | {"seed": seed}
     head = read_workflow(data | {"passes": [STAND_IN]})
     with tempfile.TemporaryDirectory() as folder, open_journal(Path(folder), {}) as journal:
         cache = Cache(default_root())
@@ -85,9 +85,9 @@ def replay(args: argparse.Namespace, trials: list[Trial], sampler: str, seed: in
         return study.found(study.run()).trials
 
 
-def hits(found: list[Trial], goal: float, limit: float) -> int:
-    """Return the number of the first trial that hits, from 1."""
-    return next(i for i, trial in enumerate(found, 1) if good(trial, goal, limit))
+def hits(found: list[Trial], goal: float, limit: float) -> float:
+    """Return the number of the first trial that hits, from 1; infinity if none does."""
+    return next((i for i, trial in enumerate(found, 1) if good(trial, goal, limit)), math.inf)
 
 
 def good(trial: Trial, goal: float, limit: float) -> bool:
@@ -105,13 +105,15 @@ def main() -> None:
     parser.add_argument("--study", required=True)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=25)
-    parser.add_argument("--samplers", nargs="+", default=["tpe", "random", "qmc", "nsga2"])
+    parser.add_argument("--samplers", nargs="+", default=["tpe", "gp", "random"])
     args = parser.parse_args()
     everything = template(args, ["kl_divergence minimal", "size_on_disk minimal"], sampler="grid", study=args.study)
     trials = search(everything, Cache(default_root()), progress=lambda *_: None).trials
     show(trials)
     kls = sorted(trial.metrics["kl_divergence"] for trial in trials if trial.state == "complete")
-    print("\n| KL divergence at most | good of all | sampler | hits within | median trials to hit | of each seed |")
+    print(
+        f"\n| KL divergence at most | good | sampler | seeds that hit in {args.trials} | median trials | of each seed |"
+    )
     print("|---|---|---|---|---|---|")
     for quantile in QUANTILES:
         limit = float(f"{kls[int(quantile * len(kls))]:.3g}")
@@ -120,24 +122,32 @@ def main() -> None:
         number = sum(good(t, goal, limit) for t in feasible)
         for sampler in args.samplers:
             needed = [hits(replay(args, trials, sampler, seed, limit), goal, limit) for seed in range(args.seeds)]
-            within = f"{sum(n <= args.trials for n in needed)} of {args.seeds} within {args.trials}"
+            within = f"{sum(n <= args.trials for n in needed)} of {args.seeds}"
             print(
                 f"| {limit:g} | {number} of {len(trials)} | {sampler} | {within} | "
-                f"{statistics.median(needed):g} | {' '.join(map(str, needed))} |"
+                f"{statistics.median(needed):g} | {' '.join(f'{n:g}' for n in needed)} |"
             )
 
 
 def show(trials: list[Trial]) -> None:
-    """Print the exhaustive table, smallest first."""
-    paths = list(dict.fromkeys(path for trial in trials for path in trial.values))
-    print(f"| {' | '.join(path.removeprefix('passes.') for path in paths)} | KL divergence | MB | seconds |")
-    print("|" + "---|" * (len(paths) + 3))
-    for trial in sorted(trials, key=lambda t: t.metrics.get("size_on_disk", 0)):
-        values = " | ".join(json.dumps(trial.values.get(path)).strip('"') for path in paths)
-        figures = trial.reason or (
-            f"{trial.metrics['kl_divergence']:.5f} | {trial.metrics['size_on_disk'] / 1e6:.3f} | {trial.seconds:.1f}"
-        )
-        print(f"| {values} | {figures} |")
+    """Print the exhaustive table: KL divergence and megabytes, by quantizer and by the decoder's tables."""
+    rows: dict[tuple[str, ...], dict[tuple[str, ...], Trial]] = {}
+    for trial in trials:
+        values = [str(value) for value in trial.values.values()]
+        rows.setdefault(tuple(values[:3]), {})[tuple(values[3:])] = trial
+    columns = list(next(iter(rows.values())))
+    print(
+        f"| quantizer, bits, group | {' | '.join(f'lm_head {head}, embeddings {table}' for head, table in columns)} |"
+    )
+    print("|" + "---|" * (len(columns) + 1))
+    for quantizer, row in rows.items():
+        print(f"| {' '.join(quantizer)} | {' | '.join(_cell(row[column]) for column in columns)} |")
+
+
+def _cell(trial: Trial) -> str:
+    if trial.state != "complete":
+        return str(trial.reason)
+    return f"{trial.metrics['kl_divergence']:.5f} ({trial.metrics['size_on_disk'] / 1e6:.2f} MB)"
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from olive.search.space import Choice, Hole, Point, Space, plain
 if TYPE_CHECKING:
     import optuna
 
-REDRAWS = 24
-"""Draws of points that were tried before, until an untried one is taken."""
+REDRAWS = {"gp": 3}
+REDRAWS_ELSE = 24
+"""Draws of points that were tried before, until an untried one is taken; a Gaussian process insists on its best."""
 LISTED = 4096
 """Spaces of at most this many points are listed to find the untried ones."""
 STARTUP = 8
-"""Random trials before TPE begins."""
+"""Random trials before TPE and Gaussian processes begin."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,16 @@ class Optuna:
         import optuna
 
         self._space, self._tried = space, tried
+        self._redraws = REDRAWS.get(name, REDRAWS_ELSE)
         self._random = random.Random(seed)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # TPE's group
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # TPE's group, GP
             own = _optuna_sampler(name, seed)
         self._study = optuna.create_study(directions=["minimize"] * max(1, objectives), sampler=own)
 
     def ask(self) -> Asked | None:
-        for _ in range(REDRAWS):
+        for _ in range(self._redraws):
             asked = self._draw()
             if asked is not None:
                 return asked
@@ -149,6 +151,8 @@ def _optuna_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     match name:
         case "random":
             return optuna.samplers.RandomSampler(seed=seed)
+        case "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, deterministic_objective=True)
         case "nsga2":
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=16)
         case "qmc":
