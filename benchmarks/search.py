@@ -1,6 +1,6 @@
 """How many trials the samplers need to find what an exhaustive search finds.
 
-    python benchmarks/search.py MODEL --text TEXT --study FOLDER [--seeds 10] [--trials 25] [--markdown FILE]
+    python benchmarks/search.py MODEL --text TEXT --study FOLDER [--seeds 10] [--trials 25]
 
 The template below has three passes, two of them with holes. Every combination is made and measured once, by the grid
 sampler; its study in FOLDER is the exhaustive table, and an interrupted run goes on. Then the samplers search with
@@ -25,7 +25,6 @@ from olive.search.study import Study, search
 from olive.search.trial import Task, Trial
 from olive.workflow import read_workflow
 
-QUANTILES = (0.2, 0.35, 0.5, 0.65, 0.8)
 WITHIN = 1.02
 
 
@@ -105,6 +104,7 @@ def main() -> None:
     parser.add_argument("--study", required=True)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=25)
+    parser.add_argument("--quantiles", type=float, nargs="+", default=[0.2, 0.35, 0.5, 0.65, 0.8])
     parser.add_argument("--samplers", nargs="+", default=["tpe", "gp", "random"])
     args = parser.parse_args()
     everything = template(args, ["kl_divergence minimal", "size_on_disk minimal"], sampler="grid", study=args.study)
@@ -115,7 +115,7 @@ def main() -> None:
         f"\n| KL divergence at most | good | sampler | seeds that hit in {args.trials} | median trials | of each seed |"
     )
     print("|---|---|---|---|---|---|")
-    for quantile in QUANTILES:
+    for quantile in args.quantiles:
         limit = float(f"{kls[int(quantile * len(kls))]:.3g}")
         feasible = [t for t in trials if t.state == "complete" and t.metrics["kl_divergence"] <= limit]
         goal = WITHIN * min(t.metrics["size_on_disk"] for t in feasible)
@@ -123,10 +123,11 @@ def main() -> None:
         for sampler in args.samplers:
             needed = [hits(replay(args, trials, sampler, seed, limit), goal, limit) for seed in range(args.seeds)]
             within = f"{sum(n <= args.trials for n in needed)} of {args.seeds}"
-            print(
+            row = (
                 f"| {limit:g} | {number} of {len(trials)} | {sampler} | {within} | "
                 f"{statistics.median(needed):g} | {' '.join(f'{n:g}' for n in needed)} |"
             )
+            print(row, flush=True)
 
 
 def show(trials: list[Trial]) -> None:
