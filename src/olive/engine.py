@@ -14,10 +14,13 @@ from typing import Any
 from olive import __version__, verify
 from olive.cache import Cache, Entry, check_replaceable, lay, output_lock, swap, sweep
 from olive.errors import PassError
+from olive.estimate import observe, weights
 from olive.model import FORMAT_VERSION, Model, digests, files, write_manifest
 from olive.passes.base import Context
 from olive.plan import Plan, Step, code_digest, step_digest, version
+from olive.rates import Rates
 from olive.report import Report, StepRecord, all_fallbacks
+from olive.resources import Watch
 from olive.workflow import as_data, without_places
 
 VERIFIED_BY = ("olive.verify", "olive.evaluate", "olive.runtime", "olive.data", "olive.quant", "olive.decoder")
@@ -65,15 +68,22 @@ def _run_step(step: Step, model: Model, input_key: str, plan: Plan, cache: Cache
             note=facts.update,
             progress=progress,
         )
-        result = step.work.run(model, context)
+        began = time.perf_counter()
+        with Watch() as watch:
+            result = step.work.run(model, context)
+        seconds = time.perf_counter() - began
         record = {
             "pass": step.name,
+            "parts": dict(step.parts),
+            "origin": dict(step.origin),
+            "seconds": round(seconds, 3),
             "kind": result.kind,
             "model": result.path.relative_to(out).as_posix(),
             "adapters": {name: path.relative_to(out).as_posix() for name, path in result.adapters.items()},
             "facts": facts,
             "files": digests(out, cache.digest),
         }
+        Rates(cache.root).add(observe(step.work, weights(model), plan.compute_device, seconds, watch.peak))
         return cache.get(step.key) or cache.put(step.key, staged, record)
 
 

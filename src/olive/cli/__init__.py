@@ -23,6 +23,9 @@ COMMANDS = {
     "optimize": ("olive.cli.auto_opt", "the same as auto-opt"),
     "generate": ("olive.cli.generate", "answer a prompt, or chat, with an ONNX model and its adapters"),
     "run": ("olive.cli.run", "run a workflow file (YAML or JSON)"),
+    "plan": ("olive.cli.plan", "print what a workflow file would do, and what it needs"),
+    "passes": ("olive.cli.passes", "list the passes, or explain one"),
+    "schema": ("olive.cli.schema", "print the JSON schema of workflow files"),
     "dequantize": ("olive.cli.dequantize", "write a float checkpoint from a quantized one"),
     "convert-adapters": ("olive.cli.convert_adapters", "convert a PEFT adapter for an ONNX model built before"),
 }

@@ -17,8 +17,8 @@ from olive.errors import ConfigError
 
 if TYPE_CHECKING:
     from olive.cache import Cache
-    from olive.plan import Plan
     from olive.report import Report
+    from olive.shared import Shared
 
 VERIFY = {"level": "verify", "max_kl": "max_kl"}
 
@@ -26,25 +26,55 @@ VERIFY = {"level": "verify", "max_kl": "max_kl"}
 def parser(prog: str) -> Parser:
     """Return the parser of ``olive run``."""
     own = Parser(prog, "Run a workflow file: YAML or JSON with input_model, passes and output_dir.")
-    own.add_argument("config", nargs="?", metavar="FILE", help="The workflow file.")
-    own.add_argument("--config", dest="config_flag", metavar="FILE", help="The workflow file, as a flag.")
+    add_file(own)
     add_flow(own)
     return own
 
 
 def main(args: argparse.Namespace) -> int:
     """Read the file and run it; flags override what it says."""
-    from olive.config import load
+    return main_with(args, "olive run")
+
+
+def add_file(own: Parser) -> None:
+    """Add the flags that name a workflow file and change what it says."""
+    own.add_argument("config", nargs="?", metavar="FILE", help="The workflow file, or the name of a recipe.")
+    own.add_argument("--config", dest="config_flag", metavar="FILE", help="The workflow file, as a flag.")
+    own.add_argument(
+        "--set",
+        dest="assignments",
+        nargs="+",
+        action="extend",
+        metavar="PATH=VALUE",
+        help="Change what the file says: passes.awq.bits=8 (a pass by its type or its index, values as in YAML).",
+    )
+
+
+def main_with(args: argparse.Namespace, command: str) -> int:
+    """Read the workflow file that the flags name and run it, or print its plan."""
     from olive.workflow import read_workflow
 
     name = getattr(args, "config", None) or getattr(args, "config_flag", None)
     if name is None:
-        raise ConfigError("olive run: give a workflow file: olive run workflow.yaml")
-    data = load(Path(name))
+        raise ConfigError(f"{command}: give a workflow file: {command} workflow.yaml")
+    data = _read(name, args)
     if isinstance(data, dict) and hasattr(args, "output_path"):
         data["output_dir"] = args.output_path
-    read_workflow(data, name)  # so that mistakes are reported with the file's name
+    if isinstance(data, dict) and "output_dir" in data:
+        read_workflow(data, name)  # so that mistakes are reported with the file's name
     return execute(data, args)
+
+
+def _read(name: str, args: argparse.Namespace) -> Any:
+    """Read a workflow file or a recipe, with the assignments of the flags made."""
+    from olive.config import load
+
+    data = load(Path(name))
+    if hasattr(args, "assignments"):
+        from olive.assign import assign
+
+        data = assign(data, args.assignments)
+    return data
 
 
 def add_flow(own: Parser) -> None:
@@ -92,19 +122,34 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
         _save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
     overwrite = hasattr(args, "overwrite")
     with _cache(args, Path(workflow.output_dir)) as cache:
+        from olive.fits import check
         from olive.plan import plan
 
         planned = plan(workflow, cache, overwrite=overwrite)
         if hasattr(args, "dry_run"):
-            for line in plan_lines(planned):
+            from olive.cli.plan_text import lines
+
+            for line in lines(planned, cache):
                 print(line)
+            check(planned, cache.root, temporary=hasattr(args, "no_cache"))
             return 0
+        check(planned, cache.root, temporary=hasattr(args, "no_cache"))
         from olive.engine import run
 
-        with _progress() as progress:
+        with _progress() as progress, cache.using():
             report = run(planned, cache, overwrite=overwrite, progress=progress)
+        _keep_small(cache)
     _say(report, planned.output)
     return 0
+
+
+def _keep_small(cache: Cache) -> None:
+    """Keep the cache under OLIVE_CACHE_MAX_SIZE, if that is set."""
+    most = os.environ.get("OLIVE_CACHE_MAX_SIZE")
+    if most:
+        from olive.inventory import collect, read_size
+
+        collect(cache, read_size(most, "OLIVE_CACHE_MAX_SIZE"))
 
 
 def _say(report: Report, output: Path) -> None:
@@ -117,15 +162,14 @@ def _say(report: Report, output: Path) -> None:
     print(f"{'report':<12} {saved}")
 
 
-def plan_lines(plan: Plan) -> Iterator[str]:
-    """Yield the plan as text: each step, whether it is cached, and why."""
-    yield f"input      {plan.workflow.input_model.path} ({plan.source.kind}, {plan.source_key[:12]})"
-    for step in plan.steps:
-        yield f"{'cached' if step.cached else 'run':<10} {step.name} ({step.key[:12]}): {step.reason}"
-        options = ", ".join(f"{k}={v}" for k, v in step.work.model_dump(mode="json", exclude_none=True).items())
-        yield f"{'':<10} {options}"
-    yield f"verify     {plan.workflow.verify.level}"
-    yield f"output     {plan.output}"
+def shared_store() -> Shared | None:
+    """Return the store that OLIVE_SHARED_CACHE names, if one is set."""
+    url = os.environ.get("OLIVE_SHARED_CACHE")
+    if not url:
+        return None
+    from olive.shared import Shared
+
+    return Shared(url)
 
 
 @contextmanager
@@ -133,7 +177,7 @@ def _cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
     from olive.cache import Cache, default_root, sweep
 
     if not hasattr(args, "no_cache"):
-        yield Cache(default_root())
+        yield Cache(default_root(), shared_store())
         return
     # A store of its own that ends with the run: one way of running, whether results are kept or not. It lies on the
     # output's disk, so that large files are moved there by link.
