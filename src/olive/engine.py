@@ -112,6 +112,7 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
             bits=bits,
             max_kl=asked.max_kl,
             device=plan.compute_device,
+            provider=plan.workflow.target.execution_provider(),
         )
     progress("verify", 1, 1)
     with cache.lock(key), cache.stage(key) as staged:
