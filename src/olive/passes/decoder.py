@@ -84,7 +84,7 @@ class Decoder(
                 raise ConfigError(f"{changed[0]}: GenAI's builder, the fallback for this model, takes precision only")
             ctx.note(**fallback.build(checkpoint, out, options, ctx.scratch))
             return Model("onnx", out)
-        digest = weights_digest(model.path)
+        digest = weights_digest(model.path, ctx.digest)
         for folder in model.adapters.values():
             lora.check_base(folder, digest, str(model.path))
         facts = build(checkpoint, out, options, list(model.adapters.values()), digest, ctx.progress)
