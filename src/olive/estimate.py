@@ -140,8 +140,8 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def after(step: Pass, before: Weights) -> Weights:
-    """Return the sizes of what a pass makes of a model."""
+def after(step: Pass, before: Weights, provider: str) -> Weights:
+    """Return the sizes of what a pass makes of a model that will run with ``provider``."""
     name = pass_name(step)
     if isinstance(step, Quantizer):
         tables = _table_bits(step.lm_head, step.embeddings, before.table_bits, step.group_size)
@@ -152,19 +152,19 @@ def after(step: Pass, before: Weights) -> Weights:
     if name == "smooth":
         return replace(before, linear_bits=32).stored()
     if name == "decoder":
-        return _graph(step.model_dump(), before)
+        return _graph(step.model_dump(), before, provider)
     return before
 
 
-def _graph(options: dict[str, Any], before: Weights) -> Weights:
+def _graph(options: dict[str, Any], before: Weights, provider: str) -> Weights:
     """Return the sizes of a graph: integers are carried over, floats rounded as asked."""
-    precision, size = str(options.get("precision")), int(options.get("group_size") or 32)
-    wide = 16 if precision == "fp16" else 32
+    precision, size = options["precision"], options["group_size"]
+    wide = 32 if precision == "fp32" or provider == "CPUExecutionProvider" else 16
     linear = before.linear_bits
     if linear >= 16:
         linear = int(precision[3:]) + _overhead(int(precision[3:]), size) if precision.startswith("int") else wide
     by_default = "int8" if linear < 16 else "float"
-    named = [by_default if options.get(n) in (None, "auto") else str(options[n]) for n in ("lm_head", "embeddings")]
+    named = [by_default if options[name] == "auto" else options[name] for name in ("lm_head", "embeddings")]
     tables = _table_bits(named[0], named[1], wide, size)
     return replace(before, linear_bits=linear, table_bits=tables, rest_bits=wide).stored()
 
@@ -200,11 +200,11 @@ def _tokens(data: DataSpec) -> int:
     return min((data.max_samples or CALIBRATION_ROWS) * data.max_seq_len, there // BYTES_PER_TOKEN)
 
 
-def need(step: Pass, before: Weights, device: str, rates: Rates) -> Need:
-    """Estimate what a step takes."""
+def need(step: Pass, before: Weights, written: int, device: str, rates: Rates) -> Need:
+    """Estimate what a step takes that writes a model of ``written`` bytes."""
     least = least_memory(step, before, device)
     name, options = pass_name(step), options_digest(step)
-    written = 0 if name == "lora" else after(step, before).size
+    written = 0 if name == "lora" else written
     like = rates.nearest(name, device, options, before.size)
     if like is None:
         return Need(least, written)

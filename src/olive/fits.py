@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from olive.cache import Cache
 from olive.errors import ConfigError
 from olive.estimate import Weights, after, least_memory, weights
 from olive.passes import pass_class
@@ -31,7 +31,7 @@ class Totals:
     """Of the steps that run; None as long as one of them has never run here."""
 
 
-def totals(plan: Plan, cache: Path) -> Totals:
+def totals(plan: Plan, cache: Cache) -> Totals:
     """Add up what the steps of a plan take."""
     needs = [step.need for step in plan.steps if step.need is not None]
     seconds = [need.seconds for need in needs]
@@ -44,45 +44,53 @@ def totals(plan: Plan, cache: Path) -> Totals:
     )
 
 
-def _output_bytes(plan: Plan, cache: Path) -> int:
-    sizes = weights(plan.source)
+def _sizes(plan: Plan) -> list[Weights]:
+    """Return the sizes of the source, and of what each step makes."""
+    found = [weights(plan.source)]
     for step in plan.steps:
-        sizes = after(step.work, sizes)
-    links = existing(plan.output.parent).stat().st_dev == existing(cache).stat().st_dev
+        found.append(after(step.work, found[-1], plan.workflow.target.execution_provider()))
+    return found
+
+
+def _output_bytes(plan: Plan, cache: Cache) -> int:
     graph = plan.steps[-1].work.produces == "onnx"  # onnx refuses to read weights that have several hard links
-    return 0 if links and not graph else sizes.size
+    shared = _one_disk(plan, cache) and (not graph or not cache.kept)
+    return 0 if shared else _sizes(plan)[-1].size
 
 
-def check(plan: Plan, cache: Path, *, temporary: bool = False) -> None:
-    """Refuse a plan that cannot fit, with what would. ``temporary``: the cache is the run's own (``--no_cache``)."""
+def _one_disk(plan: Plan, cache: Cache) -> bool:
+    return existing(plan.output.parent).stat().st_dev == existing(cache.root).stat().st_dev
+
+
+def check(plan: Plan, cache: Cache) -> None:
+    """Refuse a plan that cannot fit, with what would."""
     found = totals(plan, cache)
-    _check_disk(plan, cache, found, temporary)
-    sizes = weights(plan.source)
-    for number, step in enumerate(plan.steps):
+    _check_disk(plan, cache, found)
+    for number, (step, sizes) in enumerate(zip(plan.steps, _sizes(plan), strict=False)):
         if step.need is not None and step.need.least_memory > found.memory_available:
             hint = _less_memory(step.work, sizes, plan.compute_device, found.memory_available)
             raise ConfigError(
                 f"passes.{number}: {step.name} holds at least {amount(step.need.least_memory)} in memory at once, and "
                 f"{amount(found.memory_available)} are available; {hint}"
             )
-        sizes = after(step.work, sizes)
 
 
-def _check_disk(plan: Plan, cache: Path, found: Totals, temporary: bool) -> None:
-    out = plan.output.parent
-    same = existing(out).stat().st_dev == existing(cache).stat().st_dev
-    wanted = {cache: found.cache_bytes + (found.output_bytes if same else 0)}
+def _check_disk(plan: Plan, cache: Cache, found: Totals) -> None:
+    out, same = plan.output.parent, _one_disk(plan, cache)
+    wanted = {cache.root: found.cache_bytes + (found.output_bytes if same else 0)}
     if not same:
         wanted[out] = found.output_bytes
     for place, needed in wanted.items():
         free = free_disk(place)
         if needed <= free:
             continue
-        what = "the result" if place == out and not same else "the steps' results" + (" and the output" if same else "")
+        what = "the steps' results" if place == cache.root else "the output"
+        if place == cache.root and found.output_bytes and same:
+            what += " and the output"
         ways = ["free some"]
-        if place == cache and not temporary:
+        if place == cache.root and cache.kept:
             ways += ["olive cache gc --max_size SIZE removes old steps", "set OLIVE_CACHE_DIR to a larger disk"]
-            if not same and free_disk(out) >= found.cache_bytes + found.output_bytes:
+            if not same and free_disk(out) >= found.cache_bytes:
                 ways.append("--no_cache works on the output's disk")
         else:
             ways.append("give an output on a larger disk")

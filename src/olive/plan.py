@@ -88,9 +88,10 @@ def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
         parts = key_parts(work, key, workflow, device)
         key = step_digest(parts)
         where = None if work.missing() else cache.has(key)
-        needed = None if where else need(work, sizes, device, rates)
+        made = after(work, sizes, workflow.target.execution_provider())
+        needed = None if where else need(work, sizes, made.size, device, rates)
         steps.append(Step(pass_name(work), key, work, where is not None, REASONS[where], parts, origin, needed))
-        origin, sizes = {"step": pass_name(work)}, after(work, sizes)
+        origin, sizes = {"step": pass_name(work)}, made
     return Plan(workflow, source, source_key, revision, tuple(steps), device, output)
 
 

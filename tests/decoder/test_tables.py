@@ -26,7 +26,7 @@ BITS = {"int4": 4, "int8": 8}
                                                   ("float", "int4"), ("int8", "float")])  # fmt: skip
 def test_rounded_tables(embeddings: Any, head: Any, symmetric: bool, tied: bool, tmp_path: Path) -> None:
     model = tiny.checkpoint(tmp_path / "hf", "qwen3", tie_word_embeddings=tied, head_dim=16)
-    options = Options(embeddings=embeddings, lm_head=head, symmetric=symmetric, accuracy_level=0)
+    options = Options(embeddings=embeddings, lm_head=head, group_size=32, symmetric=symmetric, accuracy_level=0)
     facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", options)
     assert facts["bits"]["model.embed_tokens"] == BITS.get(embeddings, "float")
     assert facts["bits"]["lm_head"] == BITS.get(head, "float")

@@ -28,7 +28,7 @@ def lines(plan: Plan, cache: Cache) -> Iterator[str]:
             yield f"{'':<10} {_needs(step.need)}"
     yield f"verify     {plan.workflow.verify.level}"
     yield f"output     {plan.output}"
-    whole = totals(plan, cache.root)
+    whole = totals(plan, cache)
     free = f"{amount(free_disk(cache.root))} free"
     yield f"disk       {amount(whole.cache_bytes)} in {cache.root} ({free}), {amount(whole.output_bytes)} for the output"
     yield f"memory     {amount(whole.memory_available)} available"
@@ -49,9 +49,7 @@ def _reason(step: Step, found: list) -> str:
 
 def _needs(need: Need) -> str:
     if need.like is None:
-        return (
-            f"needs at least {amount(need.least_memory)} of memory, {amount(need.disk)} of disk; time: never run here"
-        )
+        return f"needs at least {amount(need.least_memory)} of memory, {amount(need.disk)} of disk; never run here yet"
     assert need.seconds is not None and need.memory is not None
     like = "" if need.same_options else " with other options"
     basis = f"as on {amount(need.like.input_bytes)} here{like}"

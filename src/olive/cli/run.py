@@ -131,9 +131,9 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
 
             for line in lines(planned, cache):
                 print(line)
-            check(planned, cache.root, temporary=hasattr(args, "no_cache"))
+            check(planned, cache)
             return 0
-        check(planned, cache.root, temporary=hasattr(args, "no_cache"))
+        check(planned, cache)
         from olive.engine import run
 
         with _progress() as progress, cache.using():
@@ -189,7 +189,7 @@ def _cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written ({place}: {error.strerror}); choose another place") from None
     try:
-        yield Cache(folder)
+        yield Cache(folder, kept=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
