@@ -99,15 +99,14 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
     asked = plan.workflow.verify
     if asked.level == "none":
         return {}
-    key = step_digest(
-        {
-            "verify": asked.model_dump(),
-            "model": entry.key,
-            "source": plan.source_key,
-            "code": [code_digest(name) for name in VERIFIED_BY],
-            "versions": [version(name) for name in ("torch", "transformers", "onnxruntime", "onnxruntime-genai")],
-        }
-    )
+    parts = {
+        "verify": asked.model_dump(),
+        "model": entry.key,
+        "source": plan.source_key,
+        "code": {name: code_digest(name) for name in VERIFIED_BY},
+        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime", "onnxruntime-genai")},
+    }
+    key = step_digest(parts)
     known = cache.get(key)
     if known is not None:
         return known.record["facts"]
@@ -128,7 +127,7 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
     progress("verify", 1, 1)
     with cache.lock(key), cache.stage(key) as staged:
         if cache.get(key) is None:
-            cache.put(key, staged, {"pass": "verify", "facts": figures, "files": {}})
+            cache.put(key, staged, {"pass": "verify", "parts": parts, "facts": figures, "files": {}})
     return figures
 
 

@@ -56,7 +56,7 @@ def nearest(parts: Mapping[str, Any], found: Iterable[Item]) -> tuple[Item, list
     best: tuple[Item, list[Difference]] | None = None
     for item in found:
         theirs = (item.record or {}).get("parts")
-        if not isinstance(theirs, dict) or theirs.get("pass") != parts["pass"]:
+        if not isinstance(theirs, dict) or theirs.get("pass") != parts.get("pass"):
             continue
         found_here = differences(parts, theirs)
         if best is None or (len(found_here), -item.used) < (len(best[1]), -best[0].used):
@@ -79,12 +79,9 @@ def describe(record: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{'':<18} {file} {_short(digest)}"
         elif name == "input" and "step" in origin:
             yield f"{'input':<18} step {_short(value)} ({origin['step']})"
-        elif isinstance(value, (dict, list)):
-            flat = list(_flat(value, ""))
-            for i, (inner, own) in enumerate(flat):
-                yield f"{name if i == 0 else '':<18} {inner.removeprefix('.')} {_say(own)}"
-            if not flat and value != []:
-                yield f"{name:<18} none"
+        elif isinstance(value, (dict, list)) and value:
+            for i, (inner, own) in enumerate(_flat(value, "")):
+                yield f"{name if i == 0 else '':<18} {inner} {_say(own)}"
         else:
             yield f"{name:<18} {_say(value)}"
 
@@ -104,7 +101,7 @@ def _rank(name: str) -> int:
 
 
 def _say(value: Any) -> str:
-    if value is None:
+    if value in (None, [], {}):
         return "none"
     if isinstance(value, bool):
         return str(value).lower()

@@ -48,6 +48,11 @@ def add_file(own: Parser) -> None:
         metavar="PATH=VALUE",
         help="Change what the file says: passes.awq.bits=8 (a pass by its type or its index, values as in YAML).",
     )
+    own.add_argument(
+        "--skip_unknown",
+        action="store_true",
+        help="Of a file of Microsoft Olive, leave out the passes that have no counterpart here.",
+    )
 
 
 def main_with(args: argparse.Namespace, command: str) -> int:
@@ -57,7 +62,7 @@ def main_with(args: argparse.Namespace, command: str) -> int:
     name = getattr(args, "config", None) or getattr(args, "config_flag", None)
     if name is None:
         raise ConfigError(f"{command}: give a workflow file: {command} workflow.yaml")
-    data = _read(name, args)
+    data = read_file(name, args)
     if isinstance(data, dict) and hasattr(args, "output_path"):
         data["output_dir"] = args.output_path
     if isinstance(data, dict) and "output_dir" in data:
@@ -65,11 +70,18 @@ def main_with(args: argparse.Namespace, command: str) -> int:
     return execute(data, args)
 
 
-def _read(name: str, args: argparse.Namespace) -> Any:
-    """Read a workflow file or a recipe, with the assignments of the flags made."""
+def read_file(name: str, args: argparse.Namespace) -> Any:
+    """Read a workflow file, one of Microsoft Olive's, or a recipe; make the assignments of the flags."""
+    from olive.compat import convert, is_foreign
     from olive.config import load
+    from olive.recipes import names, recipe
 
-    data = load(Path(name))
+    data = recipe(name) if not Path(name).exists() and name in names() else load(Path(name))
+    if is_foreign(data):
+        converted = convert(data, name, skip_unknown=hasattr(args, "skip_unknown"))
+        data = converted.data
+        for note in converted.notes:
+            print(f"note: {note}", file=sys.stderr)
     if hasattr(args, "assignments"):
         from olive.assign import assign
 
@@ -119,9 +131,11 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
         raise ConfigError("--output_path (-o) is required: the folder of the result")
     workflow = read_workflow(data, "workflow")
     if hasattr(args, "save_config_file"):
-        _save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
+        save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
+        if hasattr(args, "write_only"):
+            return 0
     overwrite = hasattr(args, "overwrite")
-    with _cache(args, Path(workflow.output_dir)) as cache:
+    with open_cache(args, Path(workflow.output_dir)) as cache:
         from olive.fits import check
         from olive.plan import plan
 
@@ -136,10 +150,10 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
         check(planned, cache)
         from olive.engine import run
 
-        with _progress() as progress, cache.using():
+        with show_progress() as progress, cache.using():
             report = run(planned, cache, overwrite=overwrite, progress=progress)
         _keep_small(cache)
-    _say(report, planned.output)
+    say(report, planned.output)
     return 0
 
 
@@ -152,7 +166,7 @@ def _keep_small(cache: Cache) -> None:
         collect(cache, read_size(most, "OLIVE_CACHE_MAX_SIZE"))
 
 
-def _say(report: Report, output: Path) -> None:
+def say(report: Report, output: Path) -> None:
     from olive.plan import report_path
 
     saved = report_path(output)
@@ -173,7 +187,7 @@ def shared_store() -> Shared | None:
 
 
 @contextmanager
-def _cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
+def open_cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
     from olive.cache import Cache, default_root, sweep
 
     if not hasattr(args, "no_cache"):
@@ -195,7 +209,7 @@ def _cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def show_progress() -> Iterator[Any]:
     """Show a progress bar on a terminal; elsewhere log each stage once."""
     if not sys.stderr.isatty():
         seen: set[str] = set()
@@ -222,7 +236,7 @@ def _progress() -> Iterator[Any]:
         yield move
 
 
-def _save(text: str, path: Path, args: argparse.Namespace) -> None:
+def save(text: str, path: Path, args: argparse.Namespace) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text and not hasattr(args, "overwrite"):
         raise ConfigError(f"--save_config_file {path}: exists with other contents; give another file or --overwrite")
     try:
