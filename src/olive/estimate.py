@@ -54,6 +54,10 @@ class Weights:
     widest: int = 0
     """In channels of the widest matrix of a layer."""
     hidden: int = 0
+    tied: bool = False
+    """The output head is the embeddings' table."""
+    rotary: int = 0
+    """Bytes of a graph's rotary tables."""
     other: int = 0
     """Bytes of files that are no weights."""
 
@@ -86,7 +90,9 @@ def weights(model: Model) -> Weights:
     for path in sorted(model.path.glob("*.safetensors")):
         tensors |= _header(path)
     config = _json(model.path / "config.json")
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    text: dict[str, Any] = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    hidden = int(text.get("hidden_size") or 0)
+    head = text.get("head_dim") or hidden // int(text.get("num_attention_heads") or 1)
     bits = (config.get("quantization_config") or {}).get("bits")
     found = {"linear": 0, "tables": 0, "rest": 0}
     stored = dict.fromkeys(found, 0.0)
@@ -117,7 +123,9 @@ def weights(model: Model) -> Weights:
         layer=max(layers.values(), default=0),
         tensor=tensor,
         widest=widest,
-        hidden=int((text or {}).get("hidden_size") or 0),
+        hidden=hidden,
+        tied=bool(text.get("tie_word_embeddings")),
+        rotary=4 * int(text.get("max_position_embeddings") or 0) * int(head),
     )
 
 
@@ -148,7 +156,9 @@ def after(step: Pass, before: Weights, provider: str) -> Weights:
         bits = step.bits + _overhead(step.bits, step.group_size)
         return replace(before, linear_bits=bits, table_bits=tables).stored()
     if name in ("rotate", "dequantize"):
-        return replace(before, linear_bits=32, table_bits=32, rest_bits=32).stored()
+        untied = name == "rotate" and before.tied
+        float32 = replace(before, linear_bits=32, table_bits=32, rest_bits=32, tied=before.tied and not untied)
+        return replace(float32, tables=2 * before.tables if untied else before.tables).stored()
     if name == "smooth":
         return replace(before, linear_bits=32).stored()
     if name == "decoder":
@@ -162,22 +172,23 @@ def _graph(options: dict[str, Any], before: Weights, provider: str) -> Weights:
     wide = 32 if precision == "fp32" or provider == "CPUExecutionProvider" else 16
     linear = before.linear_bits
     if linear >= 16:
-        linear = int(precision[3:]) + _overhead(int(precision[3:]), size) if precision.startswith("int") else wide
+        linear = int(precision[3:]) + _overhead(int(precision[3:]), size, wide) if precision.startswith("int") else wide
     by_default = "int8" if linear < 16 else "float"
     named = [by_default if options[name] == "auto" else options[name] for name in ("lm_head", "embeddings")]
-    tables = _table_bits(named[0], named[1], wide, size)
-    return replace(before, linear_bits=linear, table_bits=tables, rest_bits=wide).stored()
+    tables = _table_bits(named[0], named[1], wide, size, wide)
+    other = before.other + before.rotary * wide // 32
+    return replace(before, linear_bits=linear, table_bits=tables, rest_bits=wide, other=other).stored()
 
 
-def _table_bits(lm_head: str, embeddings: str, wide: float, group_size: int) -> float:
-    """Return the mean bits of two tables of equal size."""
-    bits = [wide if t == "float" else int(t[3:]) + _overhead(int(t[3:]), group_size) for t in (lm_head, embeddings)]
+def _table_bits(lm_head: str, embeddings: str, kept: float, group_size: int, scale: int = 16) -> float:
+    """Return the mean bits of two tables of equal size; a float one has ``kept``."""
+    bits = [kept if t == "float" else int(t[3:]) + _overhead(int(t[3:]), group_size, scale) for t in (lm_head, embeddings)]
     return sum(bits) / 2
 
 
-def _overhead(bits: int, group_size: int) -> float:
-    """Return the bits per weight of a 16-bit scale and a zero point for each group."""
-    return 0.0 if group_size == -1 else (16 + bits) / group_size
+def _overhead(bits: int, group_size: int, scale: int = 16) -> float:
+    """Return the bits per weight of a scale and a zero point for each group."""
+    return 0.0 if group_size == -1 else (scale + bits) / group_size
 
 
 def least_memory(step: Pass, before: Weights, device: str) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from olive.cache import Cache, sweep
 from olive.errors import ConfigError
@@ -16,6 +16,16 @@ from olive.model import sha256
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+class Inode(NamedTuple):
+    """A file on disk, which several names may share."""
+
+    size: int
+    links: int
+    """Names anywhere."""
+    names: int
+    """Names in one entry."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,8 @@ class Item:
     kind: str
     """The pass that made it; ``unfinished`` for what an interrupted step left."""
     path: Path
-    inodes: dict[tuple[int, int], tuple[int, int]]
-    """By device and inode: size, and number of hard links anywhere."""
+    inodes: dict[tuple[int, int], Inode]
+    """Its files, by device and number."""
     made: float | None
     used: float
     record: dict[str, Any] | None
@@ -36,7 +46,7 @@ class Item:
     @property
     def size(self) -> int:
         """Bytes of its files; files that it shares with other entries or outputs count too."""
-        return sum(size for size, _ in self.inodes.values())
+        return sum(inode.size for inode in self.inodes.values())
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,16 @@ def items(cache: Cache) -> list[Item]:
 
 def total(found: list[Item]) -> int:
     """Return the bytes of all, files that several share counted once."""
-    return sum(size for size, _ in {k: v for item in found for k, v in item.inodes.items()}.values())
+    return sum(inode.size for inode in {k: v for item in found for k, v in item.inodes.items()}.values())
 
 
-def _inodes(folder: Path) -> dict[tuple[int, int], tuple[int, int]]:
-    stats = (path.stat() for path in folder.rglob("*") if path.is_file())
-    return {(stat.st_dev, stat.st_ino): (stat.st_size, stat.st_nlink) for stat in stats}
+def _inodes(folder: Path) -> dict[tuple[int, int], Inode]:
+    found: dict[tuple[int, int], Inode] = {}
+    for stat in (path.stat() for path in folder.rglob("*") if path.is_file()):
+        number = stat.st_dev, stat.st_ino
+        names = found[number].names if number in found else 0
+        found[number] = Inode(stat.st_size, stat.st_nlink, names + 1)
+    return found
 
 
 def collect(cache: Cache, max_size: int) -> Collected:
@@ -85,10 +99,11 @@ def collect(cache: Cache, max_size: int) -> Collected:
     process builds, or has taken, stays."""
     sweep(cache.root / "building", "*.*")
     found = items(cache)
-    holders: dict[tuple[int, int], set[str]] = {}
+    names: dict[tuple[int, int], int] = {}
     for item in found:
-        for inode in item.inodes:
-            holders.setdefault(inode, set()).add(item.key)
+        for number, inode in item.inodes.items():
+            names[number] = names.get(number, 0) + inode.names
+    outside = {number for item in found for number, inode in item.inodes.items() if inode.links > names[number]}
     size, freed, in_use, removed = total(found), 0, 0, []
     for item in found:
         if size <= max_size:
@@ -99,11 +114,11 @@ def collect(cache: Cache, max_size: int) -> Collected:
                 continue
             _remove(cache, item)
         removed.append(item)
-        for inode, (own, links) in item.inodes.items():
-            holders[inode].discard(item.key)
-            if not holders[inode]:
-                size -= own
-                freed += own if links == 1 else 0
+        for number, inode in item.inodes.items():
+            names[number] -= inode.names
+            if not names[number]:
+                size -= inode.size
+                freed += 0 if number in outside else inode.size
     return Collected(tuple(removed), in_use, size, freed)
 
 
