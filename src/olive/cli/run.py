@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olive.cli.options import Parser, add_fields, given
-from olive.errors import ConfigError
+from olive.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from olive.cache import Cache
@@ -76,7 +76,13 @@ def read_file(name: str, args: argparse.Namespace) -> Any:
     from olive.config import load
     from olive.recipes import names, recipe
 
-    data = recipe(name) if not Path(name).exists() and name in names() else load(Path(name))
+    path = Path(name)
+    if not path.exists() and not path.suffix and path.name == name:
+        if name not in names():
+            raise ConfigError(f"{name}: no such file, and no recipe is called so{did_you_mean(name, names())}")
+        data: Any = recipe(name)
+    else:
+        data = load(path)
     if is_foreign(data):
         converted = convert(data, name, skip_unknown=hasattr(args, "skip_unknown"))
         data = converted.data
