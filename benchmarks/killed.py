@@ -4,9 +4,10 @@
 
 Runs ``olive quantize`` (rtn, or the options given) in a fresh process group, kills it (SIGKILL) after a random time,
 then checks: the output folder is absent, or whole with the digests of its manifest; ``olive cache verify`` finds every
-entry as it was made. Half of the tries share one cache, from which ``olive cache gc`` removes all that is not in use while
-the run goes on; the others begin with an empty cache. Every other try starts with an output already there, which must stay or be replaced whole. In the end a
-run that is left alone must succeed and give the same bytes as one in a new cache.
+entry as it was made. Half of the tries share one cache, from which ``olive cache gc`` removes all that is not in use
+while the run goes on; the others begin with an empty cache. Every other try starts with an output already there, which
+must stay or be replaced whole. In the end a run that is left alone must succeed and give the same bytes as one in a new
+cache.
 """
 
 from __future__ import annotations

@@ -94,6 +94,6 @@ def test_a_wrong_path_is_told_with_its_place_and_the_nearest_names(text: str, wo
 
 def test_a_type_that_stands_twice_needs_the_index() -> None:
     data = {"passes": [{"type": "rtn"}, {"type": "rtn"}]}
-    with pytest.raises(ConfigError, match="2 passes have type 'rtn'; give the index: passes.0, passes.1"):
+    with pytest.raises(ConfigError, match=r"2 passes have type 'rtn'; give the index: passes\.0, passes\.1"):
         assign(data, ["passes.rtn.bits=4"])
     assert assign(data, ["passes.1.bits=4"])["passes"] == [{"type": "rtn"}, {"type": "rtn", "bits": 4}]

@@ -144,9 +144,8 @@ def test_time_grows_with_the_size_and_memory_by_what_is_held(tmp_path: Path) -> 
     assert large.same_options
 
 
-def test_a_plan_tells_needs_before_and_after_the_first_run(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("cache")
+def test_a_plan_tells_needs_before_and_after_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "w.yaml"
     file.write_text(yaml.safe_dump({"input_model": {"path": str(LAB_MODEL)}, "passes": [{"type": "rtn"}],
                                     "verify": {"level": "none"}, "output_dir": str(tmp_path / "out")}))  # fmt: skip

@@ -24,6 +24,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, *answers: str) -> int:
     return main(["init"])
 
 
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
     ("answers", "command"),
     [
@@ -42,7 +43,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, *answers: str) -> int:
     ],
 )  # fmt: skip
 def test_the_file_is_what_the_command_stands_for(
-    answers: list[str], command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path
+    answers: list[str], command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert answer(monkeypatch, *answers) == 0
     told = capsys.readouterr().out

@@ -201,7 +201,7 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "5 parsecs", "-1GB"])
 def test_a_wrong_size_is_told(text: str) -> None:
-    with pytest.raises(ConfigError, match="give a number and a unit, as in 500MB, 50GB or 1.5TB"):
+    with pytest.raises(ConfigError, match="give a number and a unit, as in 500MB, 50GB or"):
         read_size(text, "--max_size")
 
 
@@ -215,16 +215,14 @@ def test_a_wrong_size_is_told(text: str) -> None:
         (["gc", "x", "--max_size", "1MB"], "olive cache gc: x: only olive cache why takes it"),
     ],
 )
-def test_wrong_uses_are_told(
-    cache: Path, argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_uses_are_told(cache: Path, argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     cache.mkdir()
     assert main(["cache", *argv]) == 2
     assert words in capsys.readouterr().err
 
 
 PARTS = {"pass": "rtn", "options": {"bits": 4, "overrides": {"*.o_proj": "8"}}, "input": "1" * 64,
-         "versions": {"torch": "2.1"}, "code": {"olive.quant.affine": "2" * 64}, "data": {"data": "3" * 64}}  # fmt: skip
+         "versions": {"torch": "2.1"}, "code": {"olive.quant.affine": "2" * 64}, "data": {"x": "3" * 64}}  # fmt: skip
 
 
 def test_differences_name_each_part_once() -> None:
@@ -232,12 +230,12 @@ def test_differences_name_each_part_once() -> None:
     assert differences(PARTS, other) == []
     other["options"] = {"bits": 8, "overrides": {}}
     other["versions"]["torch"] = "2.2"
-    other["code"]["olive.quant.affine"] = other["input"] = other["data"]["data"] = "4" * 64
+    other["code"]["olive.quant.affine"] = other["input"] = other["data"]["x"] = "4" * 64
     assert [str(difference) for difference in differences(PARTS, other)] == [
         "options.bits is 4, there 8",
         "options.overrides is not given, there none",
         "options.overrides.*.o_proj is 8, there not given",
-        "the contents of data.data differ",
+        "the contents of data.x differ",
         "the input differs",
         "versions.torch is 2.1, there 2.2",
         "the code of olive.quant.affine differs",
@@ -265,8 +263,9 @@ def workflow(tmp_path: Path, **options: Any) -> str:
     return str(file)
 
 
+@pytest.mark.usefixtures("cache")
 def test_why_tells_from_what_a_key_is_made_and_what_has_changed(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", workflow(tmp_path)]) == 0
     capsys.readouterr()

@@ -38,7 +38,8 @@ def test_every_template_is_used_and_names_options_that_exist() -> None:
             assert step.keys() - {"type"} <= pass_class(step["type"]).model_fields.keys()
 
 
-def test_a_recipe_runs_by_its_name(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("cache")
+def test_a_recipe_runs_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["run", "cpu-int8", "-o", str(tmp_path / "out"), "--verify", "files"]
     assert main(argv) == 2
     assert "cpu-int8: input_model: required, but not given" in capsys.readouterr().err
@@ -79,9 +80,8 @@ def test_options_that_are_given_are_no_holes_any_more() -> None:
     assert None not in gpu["passes"][0]
 
 
-def test_a_checkpoint_that_is_quantized_or_adapted_stays_as_it_is(
-    tmp_path: Path, cache: Path
-) -> None:
+@pytest.mark.usefixtures("cache")
+def test_a_checkpoint_that_is_quantized_or_adapted_stays_as_it_is(tmp_path: Path) -> None:
     assert main(["quantize", "-m", str(LAB_MODEL), "-o", str(tmp_path / "q"), "--verify", "none"]) == 0
     for more in (["-m", str(tmp_path / "q")], ["--adapter_path", str(tmp_path)]):
         data = goal_template(arguments("--goal", "size_on_disk minimal", *more))

@@ -171,9 +171,7 @@ def test_a_store_that_cannot_be_opened_is_told() -> None:
             Shared("s3://bucket/olive")
 
 
-def test_no_cache_means_no_shared_one_either(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_cache_means_no_shared_one_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLIVE_SHARED_CACHE", f"file://{tmp_path}/shared")
     monkeypatch.setenv("OLIVE_CACHE_DIR", os.devnull + "/none")
     argv = ["quantize", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out"), "--verify", "files", "--no_cache"]

@@ -114,12 +114,14 @@ def weights(model: Model) -> Weights:
             layers[in_layer[1]] = layers.get(in_layer[1], 0) + params
         if role == "linear" and not packed:
             widest = max(widest, shape[-1])
-    average = {f"{role.removesuffix('s')}_bits": stored[role] / found[role] for role in found if found[role]}
+    average = {role: stored[role] / found[role] if found[role] else 16.0 for role in found}
     return Weights(
         size=size,
         other=max(0, size - int(sum(stored.values()) / 8)),
         **found,
-        **average,
+        linear_bits=average["linear"],
+        table_bits=average["tables"],
+        rest_bits=average["rest"],
         layer=max(layers.values(), default=0),
         tensor=tensor,
         widest=widest,
@@ -182,7 +184,9 @@ def _graph(options: dict[str, Any], before: Weights, provider: str) -> Weights:
 
 def _table_bits(lm_head: str, embeddings: str, kept: float, group_size: int, scale: int = 16) -> float:
     """Return the mean bits of two tables of equal size; a float one has ``kept``."""
-    bits = [kept if t == "float" else int(t[3:]) + _overhead(int(t[3:]), group_size, scale) for t in (lm_head, embeddings)]
+    bits = [
+        kept if t == "float" else int(t[3:]) + _overhead(int(t[3:]), group_size, scale) for t in (lm_head, embeddings)
+    ]
     return sum(bits) / 2
 
 

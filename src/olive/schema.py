@@ -67,7 +67,9 @@ def text() -> str:
 
 def _by_type(names: Iterable[str], schema: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     """Choose by ``type``; so a mistake is reported for the type that was given, not for all of them."""
-    chosen = [{"if": {"required": ["type"], "properties": {"type": {"const": name}}}, "then": schema(name)} for name in names]
+    chosen = [
+        {"if": {"required": ["type"], "properties": {"type": {"const": name}}}, "then": schema(name)} for name in names
+    ]
     return {
         "type": "object",
         "required": ["type"],
@@ -101,7 +103,7 @@ def _tidy(schema: Any) -> Any:
         return [_tidy(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "title" and isinstance(value, str):
             continue
@@ -123,7 +125,7 @@ def _branches(schema: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _with_holes(options: dict[str, Any], inner: Iterable[str]) -> dict[str, Any]:
     """Let options be holes too; the values of a choice are those of the option."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, schema in options.items():
         said = {key: schema[key] for key in SAID if key in schema}
         branches = _branches(schema)

@@ -1,8 +1,9 @@
 """A cache that several machines share: a folder, or a bucket behind any file system that fsspec knows.
 
-Layout: ``entries/KEY[:2]/KEY.json`` is a step's record, ``blobs/DIGEST[:2]/DIGEST`` a file's contents. Files go first and
-the record last, so that an entry is there whole or not at all; a file is named by its digest, so that two machines that
-upload the same step cannot mix theirs, and equal files are stored once. What comes back is checked against its digest.
+Layout: ``entries/KEY[:2]/KEY.json`` is a step's record, ``blobs/DIGEST[:2]/DIGEST`` a file's contents. Files go first
+and the record last, so that an entry is there whole or not at all; a file is named by its digest, so that two machines
+that upload the same step cannot mix theirs, and equal files are stored once. What comes back is checked against its
+digest.
 """
 
 from __future__ import annotations

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-CPU = {"local_system": {"type": "LocalSystem",
-                        "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}]}}  # fmt: skip
+CPU = {
+    "local_system": {
+        "type": "LocalSystem",
+        "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}],
+    }
+}
 ROWS = {
     "name": "rows",
     "type": "HuggingfaceContainer",

@@ -69,8 +69,8 @@ def test_a_pass_without_a_counterpart_is_refused_with_its_place_and_a_hint() -> 
     with pytest.raises(ConfigError) as caught:
         convert(MIXED, "recipe.json")
     assert str(caught.value).splitlines() == [
-        "recipe.json: passes.s: SelectiveMixedPrecision has no counterpart: give bits by layer with the option overrides "
-        "of the quantizer",
+        "recipe.json: passes.s: SelectiveMixedPrecision has no counterpart: give bits by layer with the option "
+        "overrides of the quantizer",
         "Passes without a counterpart are left out with --skip_unknown.",
     ]
     with pytest.raises(ConfigError, match=r"passes.cs: CaptureSplitInfo(.|\n)*passes.sq: Onnx(.|\n)*passes.st: Static"):
@@ -137,8 +137,8 @@ def test_flows_systems_elsewhere_and_data_from_scripts_are_told() -> None:
         "passes": [{"type": "awq", "bits": 4, "group_size": 64, "symmetric": True, "exclude": ["*down_proj*"]}],
     }
     assert made.notes == (
-        "passes.merge: MergeAdapterWeights has no counterpart: the decoder pass keeps an adapter apart, as inputs of the "
-        "graph",
+        "passes.merge: MergeAdapterWeights has no counterpart: the decoder pass keeps an adapter apart, as inputs of "
+        "the graph",
         "packaging_config: has no counterpart; the output folder is the package",
         "azureml_client: has no counterpart; the workflow runs here",
         "data_configs.0: reads rows by a user script, which has no counterpart; write them to a JSON file",
@@ -198,13 +198,13 @@ def test_rounding_of_a_finished_graph_is_done_by_the_decoder_pass(
     ("parts", "words"),
     [
         ({"target": "nowhere", "engine": {}}, "f: target: no system is called 'nowhere'; allowed: local_system"),
-        ({"systems": {"local_system": {"accelerators": [{"device": "npu"}]}}}, "npu is not a target here; use cpu or gpu"),
+        ({"systems": {"local_system": {"accelerators": [{"device": "npu"}]}}}, "npu is not a target here"),
         ({"systems": {"local_system": {"accelerators": [{"execution_providers": ["QNNExecutionProvider"]}]}}},
          "f: systems.local_system: QNNExecutionProvider is not a target here; targets: CPUExecutionProvider"),
         ({"input_model": {"type": "PyTorchModel", "model_script": "m.py"}}, "without model_path has no counterpart"),
-        ({"input_model": {"type": "OpenVINOModel", "model_path": "m"}}, "a model of type OpenVINOModel has no counterpart"),
+        ({"input_model": {"type": "OpenVINOModel", "model_path": "m"}}, "OpenVINOModel has no counterpart"),
         ({"builds": {"a": {}}}, "f: builds: has no counterpart; write one workflow file for each build"),
-        ({"passes": {"m": {"type": "ModelBuilder", "metadata_only": True}}}, "f: passes: none of them has a counterpart"),
+        ({"passes": {"m": {"type": "ModelBuilder", "metadata_only": True}}}, "passes: none of them has a counterpart"),
     ],
 )  # fmt: skip
 def test_what_makes_the_whole_file_useless_is_refused(parts: dict[str, Any], words: str) -> None:
@@ -223,9 +223,8 @@ def test_what_is_translated_is_a_workflow_of_ours(name: str) -> None:
     read_workflow({"output_dir": "o"} | data)
 
 
-def test_run_accepts_their_file_and_saves_ours(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("cache")
+def test_run_accepts_their_file_and_saves_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = changed(NPU, input_model={"type": "HfModel", "model_path": str(LAB_MODEL)})
     data["passes"] = {"r": {"type": "Rtn", "group_size": 64}, "s": {"type": "SplitModel"}}
     file, ours = tmp_path / "theirs.json", tmp_path / "ours.yaml"

@@ -23,10 +23,10 @@ def parser(prog: str) -> Parser:
     """Return the command's parser."""
     own = Parser(
         prog,
-        "The cache of finished steps. ls: list the entries, the longest unused first. why KEY: from what an entry's key "
-        "is made; why FILE: what changed against the nearest entries, for a workflow file. gc: remove the longest unused "
-        "entries until the cache is small enough; what a running process uses stays. verify: read every file again and "
-        "compare it with its digest.",
+        "The cache of finished steps. ls: list the entries, the longest unused first. why KEY: from what an entry's "
+        "key is made; why FILE: what changed against the nearest entries, for a workflow file. gc: remove the longest "
+        "unused entries until the cache is small enough; what a running process uses stays. verify: read every file "
+        "again and compare it with its digest.",
     )
     own.add_argument("action", choices=ACTIONS, help="What to do.")
     own.add_argument("what", nargs="?", metavar="KEY|FILE", help="For why: the start of a key, or a workflow file.")

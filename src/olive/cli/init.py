@@ -28,6 +28,7 @@ ALGORITHMS = {
     "best": "try several and keep the one nearest to the float model",
 }
 FITTED = ("awq", "gptq", "tune", "best")
+CONTENTS = {"text": "text", "json": "JSON rows", "csv": "CSV", "parquet": "Parquet"}
 EXAMPLE_GOAL = "kl_divergence<=0.05"
 
 
@@ -110,8 +111,7 @@ def _data(question: str, default: str | None) -> list[str]:
     file = ask(question, default)
     if not file:
         return []
-    kind = SUFFIXES.get(Path(file).suffix) or choose("What is in it?", {"text": "text", "json": "JSON rows",
-                                                                        "csv": "CSV", "parquet": "Parquet"})  # fmt: skip
+    kind = SUFFIXES.get(Path(file).suffix) or choose("What is in it?", CONTENTS)
     command = ["--data_name", kind, "--data_files", file]
     if kind == "text":
         return command

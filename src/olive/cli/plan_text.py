@@ -30,10 +30,13 @@ def lines(plan: Plan, cache: Cache) -> Iterator[str]:
     yield f"output     {plan.output}"
     whole = totals(plan, cache)
     free = f"{amount(free_disk(cache.root))} free"
-    yield f"disk       {amount(whole.cache_bytes)} in {cache.root} ({free}), {amount(whole.output_bytes)} for the output"
+    output = amount(whole.output_bytes)
+    yield f"disk       {amount(whole.cache_bytes)} in {cache.root} ({free}), {output} for the output"
     yield f"memory     {amount(whole.memory_available)} available"
     if any(not step.cached for step in plan.steps):
-        known = f"about {duration(whole.seconds)}, without verification" if whole.seconds is not None else "not known yet"
+        known = (
+            f"about {duration(whole.seconds)}, without verification" if whole.seconds is not None else "not known yet"
+        )
         yield f"time       {known}"
 
 

@@ -45,7 +45,7 @@ def is_foreign(data: Any) -> bool:
 
 
 def convert(data: Mapping[str, Any], where: str, *, skip_unknown: bool = False) -> Converted:
-    """Translate one of their files. ``skip_unknown``: leave out passes that have no counterpart, instead of refusing."""
+    """Translate one of their files. ``skip_unknown``: leave out passes that have no counterpart."""
     notes = Notes()
     for part in ("builds", "auto_optimizer_config"):
         if data.get(part):
@@ -169,8 +169,8 @@ def _evaluators(data: Mapping[str, Any], engine: Mapping[str, Any], notes: Notes
         options = {name: own[name] for name in known if own.get(name) is not None}
         return {"evaluators": {str(used) if isinstance(used, str) else "lm_eval": {"type": "lm_eval", **options}}}
     for i, metric in enumerate(own.get("metrics") or []):
-        name = metric.get("type") if isinstance(metric, Mapping) else metric
-        notes.add(f"{place}.metrics.{i}", f"{name} is not translated; name what to measure in evaluators and goals")
+        kind = metric.get("type") if isinstance(metric, Mapping) else metric
+        notes.add(f"{place}.metrics.{i}", f"{kind} is not translated; name what to measure in evaluators and goals")
     return {}
 
 

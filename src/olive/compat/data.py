@@ -76,7 +76,7 @@ def _options(own: dict[str, Any]) -> dict[str, Any]:
     deeper |= {name: value for part in flat(deeper.pop("component_kwargs", None)).values()
                for name, value in flat(part).items()}  # fmt: skip
     own.pop("components", None)
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in own.items():
         part = flat(value) if name in COMPONENTS else {name: value}
         part.pop("type", None)

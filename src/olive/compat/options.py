@@ -23,9 +23,10 @@ NEEDLESS = ("save_as_external_data", "all_tensors_to_one_file", "external_data_n
             "device", "device_map", "static_groups", "true_sequential", "ephemeral_gpu_offload", "allow_tf32",
             "metadata_only", "search", "rotate_mode", "enable_GQA_on_CPU", "export_compatible")  # fmt: skip
 """How they load, save and place, which is ours to decide."""
-TRAINING = ("output_dir", "overwrite_output_dir", "seed", "data_seed", "evaluation_strategy", "eval_strategy", "eval_steps",
-            "per_device_eval_batch_size", "load_best_model_at_end", "group_by_length", "metric_for_best_model",
-            "resume_from_checkpoint", "deepspeed", "save_steps", "save_strategy", "save_total_limit")  # fmt: skip
+TRAINING = ("output_dir", "overwrite_output_dir", "seed", "data_seed", "evaluation_strategy", "eval_strategy",
+            "eval_steps", "per_device_eval_batch_size", "load_best_model_at_end", "group_by_length",
+            "metric_for_best_model", "resume_from_checkpoint", "deepspeed", "save_steps", "save_strategy",
+            "save_total_limit")  # fmt: skip
 """Options of the trainer that ours sets, or that transformers has dropped."""
 ALGORITHMS = {"default": "rtn", "rtn": "rtn"}
 
@@ -95,7 +96,9 @@ def builder(step: dict[str, Any], options: dict[str, Any], place: str, notes: No
     if algorithm is not None:
         step["algorithm"] = "kquant" if str(algorithm).startswith("k_quant") else ALGORITHMS.get(str(algorithm), "rtn")
         if str(algorithm) not in ("default", "rtn", "k_quant"):
-            notes.add(f"{place}.int4_algo_config", f"{algorithm}: layers that it writes with 8 bits have the others' here")
+            notes.add(
+                f"{place}.int4_algo_config", f"{algorithm}: layers that it writes with 8 bits have the others' here"
+            )
     level = own["int4_accuracy_level"]
     if level in (0, 4):
         step["accuracy_level"] = level

@@ -38,7 +38,7 @@ ROUNDED_BY_DECODER = {
     "onnxhqqquantization": "hqq",
     "onnxkquantquantization": "kquant",
 }
-"""Passes that round the weights of a finished graph, and the algorithm by which our decoder pass rounds them instead."""
+"""Passes that round the weights of a finished graph, and the algorithm by which our decoder pass rounds them."""
 DONE_BY_DECODER = {
     "extractadapters": "the decoder pass makes the adapter inputs of the graph itself",
     "addolivemetadata": "olive.json in the output holds what made it",
@@ -81,9 +81,7 @@ def flat_passes(given: Any) -> dict[str, Any]:
     return {str(name): own for name, own in given.items()} if isinstance(given, Mapping) else {}
 
 
-def _convert(
-    given: Any, place: str, steps: list[Any], named: Mapping[str, Any], notes: Notes
-) -> dict[str, Any] | None:
+def _convert(given: Any, place: str, steps: list[Any], named: Mapping[str, Any], notes: Notes) -> dict[str, Any] | None:
     """Translate one pass; None if an earlier step takes over what it does, or if it has no counterpart."""
     options = flat(given)
     kind = str(options.pop("type", ""))
@@ -105,7 +103,8 @@ def _convert(
         _round_in_decoder(before, small, options, place, notes)
         return None
     if before.get("type") in QUANTIZERS and TYPES.get(small) in ("rtn", "kquant"):
-        return _tables_of(before, options, place, notes)
+        _tables_of(before, options, place, notes)
+        return None
     if small not in TYPES:
         hint = f": {HINTS[small]}" if small in HINTS else ""
         if small in ROUNDED_BY_DECODER:
@@ -183,9 +182,7 @@ def _tables_of(before: dict[str, Any], options: dict[str, Any], place: str, note
         notes.add(place, f"done by {before['type']} before it: lm_head and embeddings are options of it")
 
 
-def _round_in_decoder(
-    decoder: dict[str, Any], small: str, options: dict[str, Any], place: str, notes: Notes
-) -> None:
+def _round_in_decoder(decoder: dict[str, Any], small: str, options: dict[str, Any], place: str, notes: Notes) -> None:
     """Let the decoder pass round the weights while it writes the graph."""
     algorithm = str(options.pop("algorithm", "") or "").lower()
     decoder["precision"] = f"int{options.pop('bits', 4)}"

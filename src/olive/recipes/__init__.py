@@ -1,7 +1,7 @@
 """The recipes that come with Olive: workflow files without a model, and templates to search over.
 
-The first line of a recipe says what it is for. ``olive run NAME`` runs one on a model; ``olive auto-opt --goal`` picks a
-template by its target.
+The first line of a recipe says what it is for. ``olive run NAME`` runs one on a model; ``olive auto-opt --goal`` picks
+a template by its target.
 """
 
 from __future__ import annotations
