@@ -24,19 +24,26 @@ from pathlib import Path
 
 from olive.model import digests, read_manifest
 
+ERRORS = Path(tempfile.gettempdir()) / f"olive-killed-{os.getpid()}.log"
+
 
 def start(argv: list[str], cache: Path) -> subprocess.Popen:
     """Start an olive command in a process group of its own."""
     environment = os.environ | {"OLIVE_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(
-        [sys.executable, "-m", "olive", *argv], env=environment, stdout=quiet, stderr=quiet, start_new_session=True
-    )
+    errors = ERRORS.open("w")  # of the command that was started last
+    command = [sys.executable, "-m", "olive", *argv]
+    return subprocess.Popen(command, env=environment, stdout=errors, stderr=errors, start_new_session=True)
+
+
+def must(argv: list[str], cache: Path, what: str) -> None:
+    """Run an olive command that has to succeed."""
+    code = start(argv, cache).wait()
+    assert code == 0, f"{what}: exit code {code}: {ERRORS.read_text()}"
 
 
 def check(out: Path, cache: Path) -> str:
     """Fail if anything is broken; say what is there."""
-    assert start(["cache", "verify"], cache).wait() == 0, f"olive cache verify finds damage in {cache}"
+    must(["cache", "verify"], cache, "olive cache verify")
     entries = len(list((cache / "entries").glob("*/*/step.json")))
     folders = len(list((cache / "entries").glob("*/*")))
     assert entries == folders, f"{folders - entries} entries without a record"
@@ -57,7 +64,7 @@ def main() -> None:
         out = Path(folder) / "out"
         argv = ["quantize", "-m", str(model), *options, "-o", str(out)]
         began = time.perf_counter()
-        assert start(argv, Path(folder) / "whole").wait() == 0
+        must(argv, Path(folder) / "whole", "the undisturbed run")
         whole, expected = time.perf_counter() - began, digests(out)
         print(f"an undisturbed run takes {whole:.1f} s")
         for number in range(tries):
@@ -77,7 +84,7 @@ def main() -> None:
                 ended = "killed"
             assert collector is None or collector.wait() == 0, "olive cache gc failed"
             print(f"{number + 1:>3}: {ended} after {delay:.1f} s: {check(out, cache)}", flush=True)
-            assert start(argv, cache).wait() == 0, "the next run failed"
+            must(argv, cache, "the next run")
             check(out, cache)
             assert digests(out) == expected, "the next run gave other bytes"
             left = [p.name for p in Path(folder).iterdir() if p.name.startswith(".") and p.name.count("building")]
