@@ -36,8 +36,18 @@ class OnnxDecoder:
         self.folder = folder
         inputs = self._session.get_inputs()
         self._caches = [i.name for i in inputs if i.name.startswith("past_key_values.")]
+        if not self._caches:
+            raise ConfigError(f"{folder}: model.onnx is no decoder language model: it has no inputs past_key_values.*")
         self._cache_shape = _cache_shape(next(i.shape for i in inputs if i.name in self._caches), folder)
         self._adapters: dict[Path, object] = {}
+
+    @property
+    def vocabulary(self) -> int:
+        """Numbers per position that the graph gives."""
+        size = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
+        if isinstance(size, int):
+            return size
+        return int(json.loads((self.folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["vocab_size"])
 
     def logits(self, ids: np.ndarray, adapter: Path | None = None) -> np.ndarray:
         """Return logits float32 [B, T, V] of token ids [B, T], read from the start with an empty cache."""
@@ -51,7 +61,13 @@ class OnnxDecoder:
         run.log_severity_level = 3
         if adapter is not None:
             run.add_active_adapter(self._adapter(adapter))
-        return self._session.run(["logits"], feed, run)[0]
+        found = self._session.run(["logits"], feed, run)[0]
+        if found.shape[1] != feed["input_ids"].shape[1]:
+            raise OliveError(
+                f"{self.folder}: the graph gives logits of the last token only, so text cannot be scored with it; "
+                "build it again with olive auto-opt, or without the builder's option prune_lm_head"
+            )
+        return found
 
     def _adapter(self, file: Path) -> object:
         import onnxruntime
