@@ -108,14 +108,16 @@ def compare(args: argparse.Namespace, tasks: list[str]) -> None:
         one = {"tasks": {name: task}, "groups": {}, "group_map": {}}
         scores: dict[str, dict[str, float]] = {}
         seconds: dict[str, list[float]] = {key: [] for key in backends}
+        processor: dict[str, list[float]] = {key: [] for key in backends}
         found: dict[str, list[Any]] = {}
         for turn in range(args.rounds + 1):  # the first is a warm-up on a few rows
             for key, lm in backends.items():
-                watched = _Watched(lm)
+                watched = _watched(lm)
                 limit = args.limit if turn else 2
                 results = lm_eval.evaluate(watched, one, limit=limit, bootstrap_iters=0, log_samples=False)
                 if turn:
                     seconds[key].append(watched.seconds)
+                    processor[key].append(watched.processor)
                     found[key] = watched.found
                     row = results["results"][name]
                     scores[key] = {k.split(",")[0]: v for k, v in row.items() if isinstance(v, float)}
@@ -123,23 +125,25 @@ def compare(args: argparse.Namespace, tasks: list[str]) -> None:
         apart = max(abs(a - b) for a, b in zip(*numbers.values(), strict=True))
         times = {key: statistics.median(values) for key, values in seconds.items()}
         print(json.dumps({"task": name, "scores": scores, "seconds": times, "rounds": seconds,
+                          "processor seconds": {key: statistics.median(v) for key, v in processor.items()},
                           "requests": len(found["onnx"]),
                           "onnx over transformers": times["onnx"] / times["transformers"],
                           "largest difference of log likelihoods": apart}))  # fmt: skip
 
 
-def _Watched(lm: Any) -> Any:
+def _watched(lm: Any) -> Any:
     """Return the backend with its scoring timed and its answers kept."""
     from lm_eval.api.model import LM
 
     class Watched(LM):
-        seconds = 0.0
+        seconds = processor = 0.0
         found: list[Any]
 
         def _timed(self, name: str, requests: list[Any]) -> list[Any]:
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             self.found = getattr(lm, name)(requests)
             self.seconds += time.perf_counter() - started
+            self.processor += time.process_time() - used
             return self.found
 
         def loglikelihood(self, requests: list[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ import pytest
 from pairs import Pair
 
 from olive.cli import main
+from olive.cli.comparison import show
 
 SHORT = ["--max_seq_len", "64", "--max_samples", "3", "--compute_device", "cpu"]
 
@@ -34,6 +35,19 @@ def test_the_table_stands_side_by_side(pair: Pair, capsys: pytest.CaptureFixture
     assert perplexity.split()[-1] == "same"  # a float graph and its checkpoint
     starts = {line.index(str(pair.hf.path)) if i == 0 else None for i, line in enumerate(lines)} - {None}
     assert len(starts) == 1 and all(line[min(starts) - 1] == " " for line in lines)
+
+
+def test_a_terminal_gets_the_same_table_with_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [["metric", "models/[bold]x"], ["perplexity", "3.5"]]
+    show(rows)
+    assert capsys.readouterr().out.splitlines() == ["metric      models/[bold]x", "perplexity  3.5"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show(rows)
+    shown = capsys.readouterr().out
+    assert "│ perplexity │ 3.5" in shown
+    assert "models/[bold]x" in shown
 
 
 def test_json_has_the_numbers_and_what_is_around_them(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:

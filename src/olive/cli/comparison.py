@@ -92,7 +92,7 @@ def show(rows: list[list[str]]) -> None:
     shown = Table(*rows[0])
     for row in rows[1:]:
         shown.add_row(*row)
-    Console().print(shown)
+    Console(markup=False).print(shown)
 
 
 def plain(rows: list[list[str]]) -> Iterator[str]:

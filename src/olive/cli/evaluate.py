@@ -193,6 +193,7 @@ def _measure(column: Column, evaluators: Sequence[Evaluator], ctx: Measuring, *,
         if not first and isinstance(evaluator, TextQuality):
             evaluator = evaluator.model_copy(update={"compare": False})
         notes: dict[str, Any] = column.notes.setdefault(name, {})
-        print(f"{column.title}: {name} ...", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"{column.title}: {name} ...", file=sys.stderr)
         own = replace(ctx, adapter=column.adapter, note=notes.update)
         column.values |= measured(evaluator, column.model, own)

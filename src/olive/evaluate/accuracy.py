@@ -40,7 +40,7 @@ class Accuracy(Evaluator):
     """Field of the label in classification: a number, or a name that config.json knows (label2id)."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(16, ge=1)
     """Answers that are generated at once."""
 
     def metrics(self) -> dict[str, Metric]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -98,15 +100,27 @@ def measured(evaluator: Evaluator, model: Model, ctx: Measuring) -> dict[str, fl
             f"{model.path}: {name} measures {' and '.join(evaluator.kinds)} models, and this is one of kind "
             f"{model.kind}; turn it into one with olive auto-opt first"
         )
-    if evaluator.exclusive:
-        from filelock import FileLock
-
-        with FileLock(LOCK, mode=0o666):  # other users of the machine wait at the same file
-            found = evaluator.measure(model, ctx)
-    else:
+    with _alone() if evaluator.exclusive else nullcontext():
         found = evaluator.measure(model, ctx)
     check(found, evaluator.metrics(), f"{name} of {model.path}")
     return found
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until nobody else on this machine measures time."""
+    from filelock import FileLock
+
+    try:
+        lock = FileLock(LOCK, mode=0o666)
+        lock.acquire()
+    except PermissionError:  # a system may forbid to open what another user made in a folder for all
+        lock = FileLock(LOCK.with_name(f"olive-measuring-{getpass.getuser()}.lock"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check(found: Mapping[str, float], metrics: Mapping[str, Metric], where: str) -> None:

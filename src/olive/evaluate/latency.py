@@ -42,9 +42,9 @@ class Latency(Evaluator):
     dims: dict[str, int] = Field(default_factory=dict)
     """Sizes of symbolic dimensions of the inputs, by name. Without it: batch_size 1, sequence_length 128."""
     warmup: int = Field(10, ge=0)
-    """Runs before the measured ones."""
+    """Rounds before the measured ones."""
     rounds: int = Field(100, ge=1)
-    """Measured runs."""
+    """Rounds that are measured."""
 
     def measure(self, model: Model, ctx: Measuring) -> dict[str, float]:
         session = open_graph(graph_file(model.path))

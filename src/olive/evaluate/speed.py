@@ -28,9 +28,9 @@ class Speed(Evaluator):
     new_tokens: int = Field(64, ge=2)
     """Length of the answer; it is not ended before."""
     warmup: int = Field(1, ge=0)
-    """Answers before the measured ones."""
+    """Rounds before the measured ones."""
     rounds: int = Field(5, ge=1)
-    """Measured answers."""
+    """Rounds that are measured."""
 
     def measure(self, model: Model, ctx: Measuring) -> dict[str, float]:
         from olive.data.rows import heldout_text

@@ -24,6 +24,8 @@ class OnnxDecoder:
             raise ConfigError(f"{folder}: not an ONNX model folder (no model.onnx)")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Between two runs torch works on the logits: threads that wait by spinning would take its processors.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
