@@ -85,7 +85,8 @@ def passes() -> str:
 
 def evaluators() -> str:
     """Return the text of evaluators.md."""
-    lines = ["# Metrics and evaluators", "", NOTE, "", "How to use them: [evaluate.md](evaluate.md).", "", "## Metrics", ""]
+    lines = ["# Metrics and evaluators", "", NOTE, "", "How to use them: [evaluate.md](evaluate.md)."]
+    lines += ["", "## Metrics", ""]
     lines += ["| Metric | Better | Unit | Meaning | Evaluator |", "|---|---|---|---|---|"]
     givers = {metric: name for name in EVALUATORS for metric in evaluator_class(name).names}
     for name, metric in METRICS.items():
