@@ -104,7 +104,7 @@ def test_rows_are_read_together(pair: Pair, tasks: Path, monkeypatch: pytest.Mon
     (ours, _) = backends(pair, 4)
     shapes = []
     read = ours._decoder.logits
-    monkeypatch.setattr(ours._decoder, "logits", lambda ids, adapter: shapes.append(ids.shape) or read(ids, adapter))
+    monkeypatch.setattr(ours._decoder, "logits", lambda ids, *more: shapes.append(ids.shape) or read(ids, *more))
     requests(ours, tasks, "choose", "loglikelihood")
     rows = 4 * 4  # three sentences, and one for " A" and " B", which are two tokens of which the first is read
     assert [shape[0] for shape in shapes] == [4] * (rows // 4)

@@ -104,10 +104,10 @@ class OnnxLM(TemplateLM):
             rows = rows[size:]
 
     def _read(self, batch: list[tuple[int, ...]]) -> np.ndarray:
-        """Return logits [B, T, V]. Padding stands on the right, where no token of the row looks."""
+        """Return logits [B, T, V] of rows that are padded on the right, where no token looks."""
         longest = len(batch[0])
         ids = np.array([[*row, *[0] * (longest - len(row))] for row in batch], np.int64)  # [B, T]
-        return self._decoder.logits(ids, self._adapter)
+        return self._decoder.logits(ids, self._adapter, [len(row) for row in batch])
 
     def loglikelihood_rolling(self, requests: list[Instance], **_kwargs: object) -> list[float]:
         """Score whole texts in windows that do not overlap, each with one token before it."""
