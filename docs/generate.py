@@ -1,4 +1,4 @@
-"""Write docs/commands.md, docs/passes.md and the JSON schema of workflows from the parsers and the passes' fields.
+"""Write docs/commands.md, passes.md, evaluators.md and the JSON schema of workflows from the parsers and the options.
 
     python docs/generate.py
 
@@ -19,6 +19,8 @@ from olive.cli.describe import WORDS, default_of, limits, one_line, type_of
 from olive.cli.options import Parser
 from olive.config import Config
 from olive.data.spec import DataSpec
+from olive.evaluate.evaluators import EVALUATORS, evaluator_class
+from olive.evaluate.metrics import METRICS
 from olive.passes import PASSES, pass_class
 from olive.passes.base import Pass
 from olive.target import Target
@@ -81,6 +83,22 @@ def passes() -> str:
     return "\n".join(lines) + "\n"
 
 
+def evaluators() -> str:
+    """Return the text of evaluators.md."""
+    lines = ["# Metrics and evaluators", "", NOTE, "", "How to use them: [evaluate.md](evaluate.md)."]
+    lines += ["", "## Metrics", ""]
+    lines += ["| Metric | Better | Unit | Meaning | Evaluator |", "|---|---|---|---|---|"]
+    givers = {metric: name for name in EVALUATORS for metric in evaluator_class(name).names}
+    for name, metric in METRICS.items():
+        better = "less" if metric.direction == "minimize" else "more"
+        lines.append(f"| `{name}` | {better} | {metric.unit} | {metric.help} | [{givers[name]}](#{givers[name]}) |")
+    for name in EVALUATORS:
+        kind = evaluator_class(name)
+        lines += ["", f"## {name}", "", *_paragraphs(kind), ""]
+        lines += [f"Measures: {', '.join(kind.kinds)}.", "", *_fields(kind)]
+    return "\n".join(lines) + "\n"
+
+
 def _paragraphs(kind: type) -> Iterator[str]:
     for i, part in enumerate(inspect.cleandoc(kind.__doc__ or "").split("\n\n")):
         yield from ([""] if i else []) + [one_line(part)]
@@ -100,7 +118,7 @@ def _fields(kind: type[Config]) -> Iterator[str]:
 
 NAMES: dict[type, str] = WORDS | {
     Pass: "pass",
-    DataSpec: "[data set](#data-sets)",
+    DataSpec: "[data set](passes.md#data-sets)",
     InputModel: "[input_model](#input_model)",
     Target: "[target](#target)",
     Verification: "[verify](#verify)",
@@ -113,7 +131,8 @@ def _cell(text: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Return every generated file with its text."""
-    return {DOCS / "commands.md": commands(), DOCS / "passes.md": passes(), schema.FILE: schema.text()}
+    texts = {"commands.md": commands(), "passes.md": passes(), "evaluators.md": evaluators()}
+    return {DOCS / name: text for name, text in texts.items()} | {schema.FILE: schema.text()}
 
 
 if __name__ == "__main__":

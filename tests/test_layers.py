@@ -66,6 +66,7 @@ def test_files_stay_readable(path: Path) -> None:
         "import olive.cli",
         "from olive.cli import main; main(['--help'])",
         "from olive.passes import PASSES, pass_class; [pass_class(name) for name in PASSES]",
+        "from olive.evaluate.evaluators import EVALUATORS, evaluator_class; [evaluator_class(n) for n in EVALUATORS]",
         "from importlib import import_module as load\nfrom olive.cli import COMMANDS\n"
         "[load(module).parser('x') for module, _ in COMMANDS.values()]",
     ],

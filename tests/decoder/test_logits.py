@@ -144,6 +144,24 @@ def test_longrope_on_both_sides_of_the_original_length(spelling: str, tmp_path: 
         assert np.abs(decoder.logits(ids.numpy())[:, -64:] - want).max() < BOUND, tokens
 
 
+def test_a_text_that_grows_past_the_switch_of_longrope(tmp_path: Path) -> None:
+    """GenAI reads the text anew with the other table; from then on each token is that of the whole text."""
+    from olive.runtime.genai import Generator
+
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **FACTORS}
+    model = tiny.checkpoint(tmp_path / "hf", "phi3", **PHI35, rope_parameters=rope)
+    model.set_attn_implementation("sdpa")
+    build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options(context_length=8192))
+    prompt = tiny.ids(4092, batch=1)[0].tolist()
+    with Generator(tmp_path / "onnx") as generator:
+        tokens = generator.generate(prompt, max_new_tokens=10).tokens
+    assert len(tokens) == 10
+    for i, token in enumerate(tokens):
+        with torch.no_grad():
+            row = model(torch.tensor([prompt + tokens[:i]]), logits_to_keep=1).logits[0, -1]
+        assert row.max() - row[token] < 2 * BOUND, i
+
+
 @pytest.mark.parametrize("config", [{"short_mscale": 1.25, "long_mscale": 1.5}, {"attention_factor": 1.4}])
 def test_longrope_scale_given_in_the_config(config: dict[str, float]) -> None:
     settings = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8} | config

@@ -79,7 +79,7 @@ def test_trained_models_answer_as_in_transformers(name: str, tmp_path: Path) -> 
     assert build(Checkpoint(SHARED / name), tmp_path, Options())["notes"] == []
     generator = Generator(tmp_path)
     prompt = generator.encode("what is the best thing to see in chicago", chat=True)
-    answer = generator.generate(prompt, max_new_tokens=32)
+    answer = generator.generate(prompt, max_new_tokens=64)
     assert_greedy(model, OnnxDecoder(tmp_path, 1), prompt, answer.tokens)
 
 
@@ -106,6 +106,19 @@ def test_interleaved_answers_are_those_given_alone(adapted: tuple[Path, dict[str
         live = [n for n in live if next(streams[n], None) is not None]
     assert {n: stream.tokens for n, stream in streams.items()} == alone
     assert len({tuple(tokens) for tokens in alone.values()}) == 3
+
+
+def test_rows_answered_together_are_those_answered_alone(adapted: tuple[Path, dict[str, Path]]) -> None:
+    folder, files = adapted
+    generator = Generator(folder, files)
+    prompts = [[7, 8, 9], [30] * 12, [50, 60], list(range(70, 90))]
+    for name in (None, "b"):
+        alone = [generator.generate_rows([prompt], adapter=name, max_new_tokens=24)[0] for prompt in prompts]
+        streamed = [generator.generate(prompt, adapter=name, max_new_tokens=24).tokens for prompt in prompts]
+        assert [[t for t in tokens if t != 1] for tokens in streamed] == alone
+        assert generator.generate_rows(prompts, adapter=name, max_new_tokens=24) == alone
+        stops = generator.generate_rows(prompts, adapter=name, max_new_tokens=24, done=lambda tokens: len(tokens) == 5)
+        assert stops == [tokens[:5] for tokens in alone]
 
 
 def test_rank_zero_in_a_file_is_accepted(adapted: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "finetune": ("olive.cli.finetune", "train a LoRA adapter on a float or quantized checkpoint"),
     "auto-opt": ("olive.cli.auto_opt", "turn a checkpoint, with adapters, into an optimized ONNX model"),
     "optimize": ("olive.cli.auto_opt", "the same as auto-opt"),
+    "evaluate": ("olive.cli.evaluate", "measure a model: quality, tasks, speed, memory; beside another"),
     "generate": ("olive.cli.generate", "answer a prompt, or chat, with an ONNX model and its adapters"),
     "run": ("olive.cli.run", "run a workflow file (YAML or JSON)"),
     "init": ("olive.cli.init", "ask what you want; write a workflow file and the command for it"),

@@ -116,7 +116,7 @@ def _shortened(arch: Architecture, options: Options) -> Architecture:
         return arch
     if asked > arch.max_positions:
         raise ConfigError(f"context_length {asked}: the model has {arch.max_positions} positions; give at most that")
-    ropes = tuple(rope and replace(rope, max_positions=asked) for rope in arch.ropes)
+    ropes = tuple(rope and replace(rope, rows=asked) for rope in arch.ropes)
     return replace(arch, max_positions=asked, ropes=ropes)
 
 

@@ -54,8 +54,21 @@ class Options:
         """Bits of the linears in the layers, None for float."""
         return BITS.get(self.precision)
 
-    def table_bits(self, table: Table, *, quantized: bool) -> int | None:
-        """Bits of lm_head or the embeddings, None for float; ``quantized``: the layers hold integers."""
-        if table == "auto":
-            return 8 if quantized or self.layer_bits else None
-        return BITS[table]
+    def head_bits(self, *, quantized: bool) -> int | None:
+        """Bits of lm_head, None for float; ``quantized``: the checkpoint's layers hold integers.
+
+        Rounded here, it is as coarse as the layers: it is read for every token, and speed was asked for. Beside
+        integers that were fitted to data it would be the largest error, so there it has 8 bits.
+        """
+        if self.lm_head == "auto":
+            return 8 if quantized else self.layer_bits
+        return BITS[self.lm_head]
+
+    def embedding_bits(self, *, quantized: bool, tied: bool) -> int | None:
+        """Bits of the embeddings, None for float: those of a head that is ``tied`` to them, else 8, as one row is read
+        for a token."""
+        if self.embeddings != "auto":
+            return BITS[self.embeddings]
+        if tied:
+            return self.head_bits(quantized=quantized)
+        return 8 if quantized or self.layer_bits else None

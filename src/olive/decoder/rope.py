@@ -37,14 +37,17 @@ class Rope:
     theta: float
     rotary_dim: int
     """Channels of a head that are rotated; the rest pass unchanged."""
-    max_positions: int
+    trained: int
+    """Positions that the model has; longrope scales its tables by them."""
+    rows: int
+    """Positions that the tables are for."""
     original: int
     """Positions seen in pretraining; longrope changes its factors beyond them, llama3 scales by them."""
     settings: Mapping[str, Any]
 
     def switches(self) -> bool:
         """Whether sequences longer than ``original`` use another table."""
-        return self.kind == "longrope" and self.max_positions > self.original
+        return self.kind == "longrope" and self.rows > self.original
 
     def table(self, *, long: bool = False) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, float32 [P, rotary_dim / 2] each; ``long``: for sequences beyond ``original``.
@@ -52,7 +55,7 @@ class Rope:
         Angles are float32 products as in transformers, so that positions far out agree with it.
         """
         frequency, scale = self._frequencies(long=long)
-        rows = self.original if self.switches() and not long else self.max_positions
+        rows = self.original if self.switches() and not long else self.rows
         angle = torch.arange(rows, dtype=torch.float32)[:, None] * frequency  # [P, 1] * [D / 2] -> [P, D / 2]
         return angle.cos().mul_(scale), angle.sin().mul_(scale)
 
@@ -75,7 +78,7 @@ class Rope:
         factors = torch.tensor(self.settings[f"{name}_factor"], dtype=torch.float32)
         if len(factors) != len(exponent):
             raise ConfigError(f"config.json: {name}_factor has {len(factors)} values, expected {len(exponent)}")
-        ratio = self.settings.get("factor") or self.max_positions / self.original
+        ratio = self.settings.get("factor") or self.trained / self.original
         scale = math.sqrt(1 + math.log(ratio) / math.log(self.original)) if ratio > 1 else 1.0
         for key in ("attention_factor", f"{name}_mscale"):
             if self.settings.get(key) is not None:
@@ -155,4 +158,4 @@ def read(
     positions = config["max_position_embeddings"]
     length = config.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
     theta = settings.get("rope_theta", config.get("rope_theta") or 10000.0)
-    return Rope(kind, float(theta), rotary_dim, positions, length or original or positions, settings)
+    return Rope(kind, float(theta), rotary_dim, positions, positions, length or original or positions, settings)

@@ -16,8 +16,8 @@ from olive.decoder.architecture import Architecture
 from olive.quant.affine import QuantizedWeight
 from olive.quant.formats.checkpoint import Checkpoint
 
-SLICE = 1 << 23
-"""Weights that are read at once: 16 MB of 16-bit numbers."""
+SLICE = 1 << 21
+"""Weights that are read at once: 4 MB of 16-bit numbers. More is slower, and takes memory on every thread."""
 WRAPPERS = ("model.language_model.", "language_model.model.", "language_model.")
 """Where models that also see keep the text decoder."""
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")

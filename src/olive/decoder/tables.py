@@ -22,8 +22,8 @@ class Tables:
         self.linears, self.arch, self.graph = linears, arch, linears.graph
         self.embeddings, self.head_module = arch.names.embeddings, arch.names.head
         options, quantized = linears.options, bool(linears.source.quantized)
-        self.embedding_bits = options.table_bits(options.embeddings, quantized=quantized)
-        self.head_bits = options.table_bits(options.lm_head, quantized=quantized)
+        self.embedding_bits = options.embedding_bits(quantized=quantized, tied=arch.tied)
+        self.head_bits = options.head_bits(quantized=quantized)
         self._float: ir.Value | None = None
         self._stored: Stored | None = None
 

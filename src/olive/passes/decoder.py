@@ -46,9 +46,9 @@ class Decoder(
     symmetric: bool = False
     """Round without zero points."""
     lm_head: Literal["auto", "float", "int8", "int4"] = "auto"
-    """Precision of lm_head; auto: int8 if the layers are quantized, else float."""
+    """Precision of lm_head; auto: int8 in a quantized checkpoint, else that of the layers."""
     embeddings: Literal["auto", "float", "int8", "int4"] = "auto"
-    """Precision of the token embeddings; auto: int8 if the layers are quantized, else float."""
+    """Precision of the token embeddings; auto: that of a head tied to them, else int8 if the layers are quantized."""
     accuracy_level: Literal[0, 4] = 4
     """Activations in products with integer weights: 4 rounds them to int8 (fast), 0 keeps float."""
     logits: Literal["all", "last"] = "all"

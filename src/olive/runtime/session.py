@@ -31,6 +31,8 @@ class OnnxDecoder:
             raise ConfigError(f"{folder}: not an ONNX model folder (no model.onnx)")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Between two runs torch works on the logits: threads that wait by spinning would take its processors.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
@@ -43,11 +45,19 @@ class OnnxDecoder:
         self.folder = folder
         inputs = self._session.get_inputs()
         caches = [i for i in inputs if i.name.startswith("past_key_values.")]
+        if not caches:
+            raise ConfigError(f"{folder}: model.onnx is no decoder language model: it has no inputs past_key_values.*")
         self._caches = {i.name: CACHE_TYPES[i.type] for i in caches}
         self._cache_shape = _cache_shape(caches[0].shape, folder)
         self.context_length = int(_genai(folder)["context_length"])
         """The most tokens that a text may have."""
         self._adapters: dict[Path, object] = {}
+
+    @property
+    def vocabulary(self) -> int:
+        """Numbers per position that the graph gives."""
+        size = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
+        return size if isinstance(size, int) else int(_genai(self.folder)["vocab_size"])
 
     def logits(self, ids: np.ndarray, adapter: Path | None = None, lengths: Sequence[int] | None = None) -> np.ndarray:
         """Return logits float32 [B, T, V] of token ids [B, T], read from the start with an empty cache.
@@ -55,13 +65,23 @@ class OnnxDecoder:
         ``lengths``: tokens of each row, if shorter ones are padded on the right; what is returned for padding has no
         meaning.
         """
-        logits: np.ndarray = self.run(ids, adapter, lengths)["logits"]
+        logits: np.ndarray = self._run(["logits"], ids, adapter, lengths)["logits"]
+        if logits.shape[1] != ids.shape[1]:
+            raise OliveError(
+                f"{self.folder}: the graph gives logits of the last token only, so text cannot be scored with it; "
+                "build it again with olive auto-opt, or without the builder's option prune_lm_head"
+            )
         return logits.astype(np.float32, copy=False)
 
     def run(
         self, ids: np.ndarray, adapter: Path | None = None, lengths: Sequence[int] | None = None
     ) -> dict[str, np.ndarray]:
         """Return all outputs for token ids [B, T]: the logits, and keys and values [B, H, T, D] of each layer."""
+        return self._run([output.name for output in self._session.get_outputs()], ids, adapter, lengths)
+
+    def _run(
+        self, names: list[str], ids: np.ndarray, adapter: Path | None, lengths: Sequence[int] | None
+    ) -> dict[str, np.ndarray]:
         import onnxruntime
 
         mask = np.ones(ids.shape, np.int64)
@@ -75,7 +95,6 @@ class OnnxDecoder:
         run.log_severity_level = 3
         if adapter is not None:
             run.add_active_adapter(self._adapter(adapter))
-        names = [output.name for output in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, feed, run), strict=True))
 
     def _adapter(self, file: Path) -> object:
