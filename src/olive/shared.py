@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,12 @@ from olive.model import sha256
 logger = logging.getLogger(__name__)
 EXTRAS = {"s3": "s3", "s3a": "s3", "abfs": "azure", "abfss": "azure", "az": "azure"}
 """The extra that a file system needs, by its protocol."""
+
+
+def configured() -> Shared | None:
+    """Return the store that OLIVE_SHARED_CACHE names, if one is set."""
+    url = os.environ.get("OLIVE_SHARED_CACHE")
+    return Shared(url) if url else None
 
 
 class Shared:

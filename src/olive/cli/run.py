@@ -18,7 +18,6 @@ from olive.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from olive.cache import Cache
     from olive.report import Report
-    from olive.shared import Shared
 
 VERIFY = {"level": "verify", "max_kl": "max_kl"}
 
@@ -182,22 +181,13 @@ def say(report: Report, output: Path) -> None:
     print(f"{'report':<12} {saved}")
 
 
-def shared_store() -> Shared | None:
-    """Return the store that OLIVE_SHARED_CACHE names, if one is set."""
-    url = os.environ.get("OLIVE_SHARED_CACHE")
-    if not url:
-        return None
-    from olive.shared import Shared
-
-    return Shared(url)
-
-
 @contextmanager
 def open_cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
     from olive.cache import Cache, default_root, sweep
+    from olive.shared import configured
 
     if not hasattr(args, "no_cache"):
-        yield Cache(default_root(), shared_store())
+        yield Cache(default_root(), configured())
         return
     # A store of its own that ends with the run: one way of running, whether results are kept or not. It lies on the
     # output's disk, so that large files are moved there by link.
