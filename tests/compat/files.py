@@ -53,7 +53,8 @@ MIXED: dict[str, Any] = {
     "log_severity_level": 0,
     "output_dir": "model_cpu",
     "cache_dir": "cache_cpu",
-    "evaluators": {"task": {"type": "LMEvaluator", "tasks": ["mmlu"], "batch_size": 1, "max_length": 2048}},
+    "evaluators": {"task": {"type": "LMEvaluator", "tasks": ["mmlu"], "batch_size": 1, "max_length": 2048,
+                            "provider_options": {"a": "1"}}},
     "evaluator": "task",
     "evaluate_input_model": False,
 }  # fmt: skip

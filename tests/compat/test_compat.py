@@ -84,11 +84,13 @@ def test_two_quantizers_in_a_row_become_one_with_quantized_tables() -> None:
          "format": "olive"},
         {"type": "decoder", "precision": "int4", "group_size": 32, "symmetric": True},
     ]  # fmt: skip
-    assert made.data["evaluators"] == {"task": {"type": "lm_eval", "tasks": ["mmlu"], "batch_size": 1}}
+    assert made.data["evaluators"] == {
+        "task": {"type": "lm_eval", "tasks": ["mmlu"], "batch_size": 1, "max_length": 2048}
+    }
     assert list(made.notes)[1:] == [
         "passes.r: done by gptq before it: lm_head and embeddings are options of it",
         "passes.t: TieWordEmbeddings: the decoder pass writes tied tables once itself",
-        "evaluators.task.max_length: has no counterpart; left out",
+        "evaluators.task.provider_options: has no counterpart; left out",
     ]
 
 

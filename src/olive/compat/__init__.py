@@ -162,7 +162,7 @@ def _evaluators(data: Mapping[str, Any], engine: Mapping[str, Any], notes: Notes
         return {}
     place = f"evaluators.{used}" if isinstance(used, str) else "evaluator"
     if own.get("type") == "LMEvaluator":
-        known = ("tasks", "limit", "batch_size", "num_fewshot")
+        known = ("tasks", "limit", "batch_size", "num_fewshot", "max_length", "apply_chat_template")
         for name in own:
             if name not in (*known, "type"):
                 notes.add(f"{place}.{name}", "has no counterpart; left out")
