@@ -303,7 +303,7 @@ def test_of_two_processes_with_one_workflow_one_builds_and_one_takes_its_result(
     file = workflow(tmp_path)
     argv = [[sys.executable, "-m", "olive", "run", file, "-o", str(tmp_path / name)] for name in ("one", "two")]
     both = [subprocess.Popen(own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for own in argv]
-    assert [process.wait(120) for process in both] == [0, 0], [p.stderr.read() for p in both if p.stderr]
+    assert [process.wait(500) for process in both] == [0, 0], [p.stderr.read() for p in both if p.stderr]
     reports = [json.loads((tmp_path / f"{name}.report.json").read_text()) for name in ("one", "two")]
     for one, other in zip(*(report["steps"] for report in reports), strict=True):
         assert one["key"] == other["key"]
