@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from olive.estimate import Weights, after, least_memory, need, observe, weights
 from olive.fits import amount, check, duration
 from olive.model import Model, open_model
 from olive.passes import pass_class
-from olive.plan import plan
+from olive.plan import plan, version
 from olive.rates import KEPT, Observation, Rates
 from olive.resources import Watch, available_memory
 from olive.workflow import read_workflow
@@ -217,11 +219,25 @@ def test_a_cached_plan_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_library_that_is_not_installed_is_told_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
-    monkeypatch.setattr("olive.plan.version", lambda name: "none" if name == "peft" else "1")
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else original(name))
     argv = ["finetune", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out"), "--data_name", "text"]
     assert main(argv) == 1
     assert "passes.0: lora needs peft; run: pip install peft" in capsys.readouterr().err
     assert not cache.exists()
+
+
+def test_another_distribution_of_the_same_module_counts_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(name: str) -> str:
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return {"onnxruntime-gpu": "1.32"}[name]
+
+    monkeypatch.setattr(metadata, "version", found)
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"onnxruntime": ["onnxruntime-gpu"]})
+    assert version("onnxruntime") == "onnxruntime-gpu 1.32"
+    monkeypatch.setattr(metadata, "packages_distributions", dict)
+    assert version("onnxruntime") == "none"
 
 
 def test_memory_is_watched_while_work_runs() -> None:

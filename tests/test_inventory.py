@@ -291,12 +291,15 @@ def test_why_tells_from_what_a_key_is_made_and_what_has_changed(
 
 
 def test_a_cap_from_the_environment_is_kept_after_each_run(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OLIVE_CACHE_MAX_SIZE", "1kB")
     assert main(["run", workflow(tmp_path)]) == 0
     assert files_size(Cache(cache)) <= 1000
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    monkeypatch.setenv("OLIVE_CACHE_MAX_SIZE", "plenty")  # told before anything runs
+    assert main(["run", workflow(tmp_path)]) == 2
+    assert "OLIVE_CACHE_MAX_SIZE plenty: give a number and a unit" in capsys.readouterr().err
 
 
 def test_of_two_processes_with_one_workflow_one_builds_and_one_takes_its_result(tmp_path: Path, cache: Path) -> None:

@@ -101,7 +101,7 @@ REASONS = {"here": "same key in the cache", "shared": "same key in the shared ca
 def _check_passes(kind: str, workflow: Workflow) -> None:
     provider = workflow.target.execution_provider()
     for i, step in enumerate(workflow.passes):
-        lacking = [name for name in step.libraries if version(name) == "none"]
+        lacking = [name for name in step.libraries if importlib.util.find_spec(module_of(name)) is None]
         if lacking:
             todo = f"run: pip install {' '.join(lacking)}"
             raise MissingDependency(f"passes.{i}: {pass_name(step)} needs {', '.join(lacking)}; {todo}")
@@ -203,11 +203,17 @@ def _data_digests(step: Pass) -> dict[str, str]:
 
 
 def version(distribution: str) -> str:
-    """Return the version of an installed distribution."""
+    """Return the version of an installed distribution, or of another that brings the same module (onnxruntime-gpu)."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "none"
+        others = metadata.packages_distributions().get(module_of(distribution), [])
+        return f"{others[0]} {metadata.version(others[0])}" if others else "none"
+
+
+def module_of(distribution: str) -> str:
+    """Return the module that a distribution brings."""
+    return distribution.replace("-", "_")
 
 
 def code_digest(module: str) -> str:

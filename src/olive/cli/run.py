@@ -139,7 +139,7 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
         save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
         if hasattr(args, "write_only"):
             return 0
-    overwrite = hasattr(args, "overwrite")
+    overwrite, most = hasattr(args, "overwrite"), max_size()
     with open_cache(args, Path(workflow.output_dir)) as cache:
         from olive.fits import check
         from olive.plan import plan
@@ -157,18 +157,22 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
 
         with show_progress() as progress, cache.using():
             report = run(planned, cache, overwrite=overwrite, progress=progress)
-        _keep_small(cache)
+        if most is not None:
+            from olive.inventory import collect
+
+            collect(cache, most)
     say(report, planned.output)
     return 0
 
 
-def _keep_small(cache: Cache) -> None:
-    """Keep the cache under OLIVE_CACHE_MAX_SIZE, if that is set."""
-    most = os.environ.get("OLIVE_CACHE_MAX_SIZE")
-    if most:
-        from olive.inventory import collect, read_size
+def max_size() -> int | None:
+    """Return the bytes that the cache is kept under after a run, if OLIVE_CACHE_MAX_SIZE is set."""
+    text = os.environ.get("OLIVE_CACHE_MAX_SIZE")
+    if not text:
+        return None
+    from olive.inventory import read_size
 
-        collect(cache, read_size(most, "OLIVE_CACHE_MAX_SIZE"))
+    return read_size(text, "OLIVE_CACHE_MAX_SIZE")
 
 
 def say(report: Report, output: Path) -> None:
