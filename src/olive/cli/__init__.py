@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -23,6 +24,8 @@ COMMANDS = {
     "optimize": ("olive.cli.auto_opt", "the same as auto-opt"),
     "generate": ("olive.cli.generate", "answer a prompt, or chat, with an ONNX model and its adapters"),
     "run": ("olive.cli.run", "run a workflow file (YAML or JSON)"),
+    "report": ("olive.cli.report", "make the HTML page of a report again"),
+    "reproduce": ("olive.cli.reproduce", "do the run of a lock file again and compare every byte"),
     "dequantize": ("olive.cli.dequantize", "write a float checkpoint from a quantized one"),
     "convert-adapters": ("olive.cli.convert_adapters", "convert a PEFT adapter for an ONNX model built before"),
 }
@@ -75,6 +78,7 @@ def _run(name: str, argv: list[str]) -> int:
 
     command: Any = importlib.import_module(COMMANDS[name][0])
     args = parse_arguments(command.parser(f"olive {name}"), normalize(argv))
+    args.command_line = shlex.join(["olive", name, *argv])
     _configure_logging(getattr(args, "log_level", 2))
 
     def stop(*_: object) -> None:
