@@ -113,8 +113,9 @@ def _trials(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     front = set(report["pareto"])
     rank = {number: place for place, number in enumerate([report["best"], *report["pareto"]])}
     for trial in sorted(report["trials"], key=lambda t: (rank.get(t["number"], len(rank)), t["number"])):
-        state = trial["state"] if trial["state"] != "complete" or trial["feasible"] else "goal missed"
-        state = "on the front" if trial["number"] in front else state
+        state = trial["state"]
+        if state == "complete":
+            state = "goal missed" if not trial["feasible"] else "on the front" if trial["number"] in front else state
         state = "chosen" if trial["number"] == report["best"] else state
         figures = {name: value * unit_of(name)[1] for name, value in trial["metrics"].items() if value is not None}
         yield {**trial, "state": state, "metrics": figures}

@@ -90,7 +90,8 @@ def tradeoff(report: Report, x: str, y: str) -> dict[str, Any]:
             aside = {"visible": "legendonly"}  # it is far from the trials
             more = line if name == "Pareto front" and _is_front(points) else aside if name == "input model" else {}
             traces.append(_trace(name, points) | more)
-    axes = {"xaxis": _axis(x, traces, "x"), "yaxis": _axis(y, traces, "y")}
+    shown = [trace for trace in traces if trace["name"] != "input model"]
+    axes = {"xaxis": _axis(x, shown, "x"), "yaxis": _axis(y, shown, "y")}
     shapes = [*_thresholds(report, x, "x"), *_thresholds(report, y, "y")]
     return {"label": f"{y} against {x}", "data": traces, "layout": axes | {"shapes": shapes}}
 
