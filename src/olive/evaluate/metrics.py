@@ -1,37 +1,45 @@
-"""The metrics that Olive knows: what each is called, which way is better, in what unit."""
+"""The metrics, each with its direction and unit: what a goal, a table or a plot must know before it is measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+Direction = Literal["minimize", "maximize"]
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that tells how good a model is."""
+    """A number that says how good a model is."""
 
     name: str
-    direction: Literal["minimize", "maximize"]
+    direction: Direction
     unit: str
     help: str
 
+    def better(self, a: float, b: float) -> bool:
+        """Tell whether ``a`` is strictly better than ``b``."""
+        return a < b if self.direction == "minimize" else a > b
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("perplexity", "minimize", "", "Exponential of the mean negative log-likelihood of a text's tokens."),
-        Metric("kl_divergence", "minimize", "nats/token", "Mean KL divergence from the source's next-token choices."),
-        Metric("top1_agreement", "maximize", "", "Share of tokens where source and model have the same likeliest one."),
-        Metric("accuracy", "maximize", "", "Share of rows that are answered right."),
-        Metric("f1", "maximize", "", "Harmonic mean of precision and recall, averaged over the classes."),
-        Metric("exact_match", "maximize", "", "Share of answers that equal the expected text."),
-        Metric("time_to_first_token", "minimize", "s", "Time from the prompt to the first token."),
-        Metric("tokens_per_second", "maximize", "tokens/s", "Tokens generated per second after the first."),
-        Metric("prefill_tokens_per_second", "maximize", "tokens/s", "Tokens of the prompt read per second."),
-        Metric("latency_p50", "minimize", "ms", "Time of one run: half of the runs are faster."),
-        Metric("latency_p90", "minimize", "ms", "Time of one run: nine in ten are faster."),
-        Metric("latency_p99", "minimize", "ms", "Time of one run: 99 in 100 are faster."),
-        Metric("peak_memory", "minimize", "bytes", "Most memory that the process held."),
-        Metric("size_on_disk", "minimize", "bytes", "Bytes of the model's files."),
-    )
-}
+
+def _table(*metrics: Metric) -> dict[str, Metric]:
+    return {metric.name: metric for metric in metrics}
+
+
+METRICS = _table(
+    Metric("perplexity", "minimize", "", "exponential of the mean loss per token on a text"),
+    Metric("kl_divergence", "minimize", "nats/token", "of the next-token distributions from the source's"),
+    Metric("top1_agreement", "maximize", "", "share of positions whose likeliest next token is the source's"),
+    Metric("accuracy", "maximize", "", "share of rows that are classified right"),
+    Metric("f1", "maximize", "", "mean F1: over the labels of a classification, over the words of generated answers"),
+    Metric("exact_match", "maximize", "", "share of rows whose generated answer is the expected one"),
+    Metric("time_to_first_token", "minimize", "s", "from a prompt of some tokens to the first token of the answer"),
+    Metric("tokens_per_second", "maximize", "tokens/s", "generated per second after the first token"),
+    Metric("prefill_tokens_per_second", "maximize", "tokens/s", "of a prompt, read per second"),
+    Metric("latency_p50", "minimize", "ms", "median time of one run of a graph"),
+    Metric("latency_p90", "minimize", "ms", "90th percentile of the time of one run"),
+    Metric("latency_p99", "minimize", "ms", "99th percentile of the time of one run"),
+    Metric("peak_memory", "minimize", "bytes", "largest resident memory of a process that loads the model and uses it"),
+    Metric("size_on_disk", "minimize", "bytes", "of the model's files"),
+)
+"""The built-in metrics. lm-eval's tasks and user functions declare their own, with the direction that they have."""
