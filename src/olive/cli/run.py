@@ -109,7 +109,15 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
 
 
 def say(report: Report, output: Path) -> None:
-    """Print the report, and write it beside the output, with the lock."""
+    """Print the report, and write it beside the output."""
+    saved = write_report(report, output)
+    for line in report.lines():
+        print(line)
+    print(f"{'report':<12} {saved}")
+
+
+def write_report(report: Report, output: Path) -> Path:
+    """Write a report beside its output, as data, as a page (whose path is returned) and, if there is one, the lock."""
     from olive.html import page
     from olive.lock import write_lock
     from olive.plan import beside
@@ -117,10 +125,9 @@ def say(report: Report, output: Path) -> None:
     report.save(beside(output, "report.json"))
     saved = beside(output, "report.html")
     saved.write_text(page(report.as_data()), encoding="utf-8")
-    write_lock(report.lock, beside(output, "lock.json"))
-    for line in report.lines():
-        print(line)
-    print(f"{'report':<12} {saved}")
+    if report.lock:
+        write_lock(report.lock, beside(output, "lock.json"))
+    return saved
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
