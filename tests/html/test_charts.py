@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from itertools import product
 from typing import Any
 
+import pytest
+
 from olive.html.layers import bits_grid, by_place, error_chart
-from olive.html.trials import history, metric_names, said, search_charts, tradeoff
+from olive.html.trials import history, metric_names, said, search_charts, tradeoff, undominated
 from reports import LINEARS, METRICS, search_report, trial
 
 
@@ -29,7 +33,7 @@ def test_every_pair_of_metrics_and_every_metric_can_be_seen() -> None:
 
 def test_each_finished_trial_is_a_point_of_its_kind() -> None:
     drawn = traces(tradeoff(search_report(), "size_on_disk", "kl_divergence"))
-    where = {name: list(zip(t["ids"], t["x"], t["y"], strict=True)) for name, t in drawn.items()}
+    where = {name: list(zip(t["ids"], t["x"], t["y"], strict=True)) for name, t in drawn.items() if "ids" in t}
     assert where == {
         "goals met": [("6", 6.0, 0.02)],
         "Pareto front": [("0", 2.0, 0.20), ("1", 3.0, 0.04), ("2", 4.0, 0.03), ("5", 5.0, 0.01)],
@@ -40,10 +44,24 @@ def test_each_finished_trial_is_a_point_of_its_kind() -> None:
     assert traces(tradeoff(missed, "size_on_disk", "kl_divergence"))["a goal missed"]["ids"] == ["0"]
 
 
-def test_the_front_is_a_line_only_between_metrics_that_it_is_the_front_of() -> None:
-    report = search_report()
-    assert traces(tradeoff(report, "size_on_disk", "kl_divergence"))["Pareto front"]["mode"] == "lines+markers"
-    assert traces(tradeoff(report, "my_score", "kl_divergence"))["Pareto front"]["mode"] == "markers"
+def test_a_line_joins_what_no_trial_beats_in_the_two_metrics_shown() -> None:
+    line = traces(tradeoff(search_report(), "size_on_disk", "kl_divergence"))["best of both"]
+    assert (line["x"], line["y"]) == ([2.0, 3.0, 4.0, 5.0], [0.20, 0.04, 0.03, 0.01])
+    unknown = search_report(goals=[])  # nothing tells whether more or less of my_score is better
+    assert "best of both" not in traces(tradeoff(unknown, "my_score", "kl_divergence"))
+
+
+@pytest.mark.parametrize("ways", list(product((min, max), repeat=2)))
+def test_undominated_points_are_those_that_nothing_beats(ways: tuple[Any, Any]) -> None:
+    rng = random.Random(0)
+    points = [(float(rng.randrange(9)), float(rng.randrange(9))) for _ in range(40)]
+    signs = [1 if way is min else -1 for way in ways]
+    costs = {point: tuple(s * v for s, v in zip(signs, point, strict=True)) for point in points}
+    slow = {
+        p for p, (a, b) in costs.items()
+        if not any(c <= a and d <= b and (c, d) != (a, b) for c, d in costs.values())
+    }  # fmt: skip
+    assert undominated([*points, (None, 1.0)], ways) == sorted(slow)
 
 
 def test_a_threshold_is_a_line_in_the_unit_of_its_axis() -> None:

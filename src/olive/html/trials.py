@@ -32,6 +32,7 @@ INPUT = "input"
 Trial = Mapping[str, Any]
 Report = Mapping[str, Any]
 Point = tuple[str, float | None, float | None]
+Better = Callable[[float, float], float]
 
 
 def metric_names(report: Report) -> list[str]:
@@ -71,7 +72,8 @@ def said(report: Report) -> dict[str, str]:
 
 
 def tradeoff(report: Report, x: str, y: str) -> dict[str, Any]:
-    """Two metrics of every finished trial against each other, and the trials that no other beats."""
+    """Two metrics of every finished trial against each other; the search's Pareto front is marked, and a line joins the
+    trials that no other beats in these two metrics."""
     done, front = [t for t in report["trials"] if t["state"] == "complete"], set(report["pareto"])
     others = [t for t in done if t["number"] not in front]
     groups = {
@@ -86,11 +88,15 @@ def tradeoff(report: Report, x: str, y: str) -> dict[str, Any]:
         points = [(str(t["number"]), _value(t, x), _value(t, y)) for t in trials]
         points = sorted((p for p in points if None not in p), key=lambda point: point[1:])
         if points:
-            line = {"mode": "lines+markers", "line": {"color": GREEN, "width": 1.5, "shape": "hv", "dash": "dot"}}
-            aside = {"visible": "legendonly"}  # it is far from the trials
-            more = line if name == "Pareto front" and _is_front(points) else aside if name == "input model" else {}
-            traces.append(_trace(name, points) | more)
+            aside = {"visible": "legendonly"} if name == "input model" else {}  # it is far from the trials
+            traces.append(_trace(name, points) | aside)
     shown = [trace for trace in traces if trace["name"] != "input model"]
+    ways = _better(report, x), _better(report, y)
+    if ways[0] and ways[1]:
+        edge = undominated([(_value(t, x), _value(t, y)) for t in done], (ways[0], ways[1]))
+        look = {"color": GREEN, "width": 1.5, "dash": "dot", "shape": "hv" if ways[0] is min else "vh"}
+        traces.insert(0, {"name": "best of both", "mode": "lines", "hoverinfo": "skip", "line": look,
+                          "x": [point[0] for point in edge], "y": [point[1] for point in edge]})  # fmt: skip
     axes = {"xaxis": _axis(x, shown, "x"), "yaxis": _axis(y, shown, "y")}
     shapes = [*_thresholds(report, x, "x"), *_thresholds(report, y, "y")]
     return {"label": f"{y} against {x}", "data": traces, "layout": axes | {"shapes": shapes}}
@@ -165,10 +171,20 @@ def _thresholds(report: Report, metric: str, axis: str) -> Iterator[dict[str, An
             yield {**look, **ends, "label": label}
 
 
-def _is_front(points: Sequence[Point]) -> bool:
-    """Tell whether points in the order of x rise or fall throughout, as a front of these two metrics does."""
-    ys = [y for _, _, y in points if y is not None]
-    return len(ys) > 1 and (ys == sorted(ys) or ys == sorted(ys, reverse=True))
+def undominated(
+    points: Sequence[tuple[float | None, float | None]], ways: tuple[Better, Better]
+) -> list[tuple[float, float]]:
+    """Return, in the order of x, the points that no other beats in one coordinate and equals in the other, or beats in
+    both; ``ways`` (min or max) say what is better."""
+    whole = sorted({(x, y) for x, y in points if x is not None and y is not None})
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(
+            other != point and all(way(a, b) == a for way, a, b in zip(ways, other, point, strict=True))
+            for other in whole
+        )
+
+    return [point for point in whole if not beaten(point)]
 
 
 def _best_so_far(report: Report, metric: str, points: Sequence[Point]) -> list[tuple[float, float]]:
@@ -179,7 +195,7 @@ def _best_so_far(report: Report, metric: str, points: Sequence[Point]) -> list[t
     return found
 
 
-def _better(report: Report, metric: str) -> Callable[[float, float], float] | None:
+def _better(report: Report, metric: str) -> Better | None:
     """Return min or max, as the metric or a goal says; None where neither does."""
     known = METRICS.get(metric.rpartition(".")[2])
     if known:
