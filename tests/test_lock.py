@@ -122,13 +122,33 @@ def test_another_model_is_refused(tmp_path: Path, lab: Path, capsys: pytest.Capt
     lab.rename(moved)
     capsys.readouterr()
     assert main(["reproduce", str(file)]) == 2
-    assert f"the input model is not at {lab}; say where it lies with --model PATH" in capsys.readouterr().err
+    assert f"model: not at {lab}; say where it lies with --model PATH" in capsys.readouterr().err
     assert main(["reproduce", str(file), "--model", str(moved)]) == 0
     (moved / "generation_config.json").write_text("{}")
     assert main(["reproduce", str(file), "--model", str(moved)]) == 2
     assert f"not the inputs that the lock names; these differ from them:\nmodel {moved}: generation_config.json" in (
         capsys.readouterr().err
     )
+
+
+def test_an_adapter_is_an_input_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["--data_files", str(TRAVEL), "--text_template", "{prompt} {response}", "--max_steps", "1"]
+    tuned, out = tmp_path / "ft", tmp_path / "onnx"
+    assert main(["finetune", "-m", str(LAB_MODEL), "-o", str(tuned), *rows, "--max_samples", "8"]) == 0
+    pair = ["-m", str(tuned / "model"), "-a", str(tuned / "adapter")]
+    assert main(["auto-opt", *pair, "-o", str(out), "--verify", "files"]) == 0
+    moved = tmp_path / "elsewhere" / "adapter"
+    moved.parent.mkdir()
+    (tuned / "adapter").rename(moved)
+    file = str(tmp_path / "onnx.lock.json")
+    capsys.readouterr()
+    assert main(["reproduce", file]) == 2
+    said = f"adapter_path: not at {tuned / 'adapter'}; say where it lies with --adapter_path PATH"
+    assert said in capsys.readouterr().err
+    assert main(["reproduce", file, "-a", str(moved)]) == 0
+    renamed = moved.rename(moved.with_name("other"))
+    assert main(["reproduce", file, "-a", str(renamed)]) == 2
+    assert f"model {tuned / 'model'}: its adapter, in name or contents" in capsys.readouterr().err
 
 
 def test_other_data_is_refused(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,7 +163,7 @@ def check_inputs(locked: Mapping[str, Any], where: Mapping[str, str], plan: Plan
     differing = []
     if plan.source_key != locked["source"]["digest"]:
         names = changed_files(locked["source"]["files"], models.digests(plan.source.path, digest))
-        differing.append(f"model {plan.source.path}: {', '.join(names) or 'its adapter'}")
+        differing.append(f"model {plan.source.path}: {', '.join(names) or 'its adapter, in name or contents'}")
     present = _inputs(tuple(step.work for step in plan.steps), digest)
     for name, entry in locked["data"].items():
         place = where[name] if name in where else entry["dataset"]

@@ -27,7 +27,7 @@ def test_every_pair_of_metrics_and_every_metric_can_be_seen() -> None:
     assert [view["label"] for view in pairs["views"]] == [
         "kl_divergence against size_on_disk", "kl_divergence against my_score", "size_on_disk against my_score",
     ]  # fmt: skip
-    assert [view["label"] for view in single["views"]] == ["kl_divergence", "size_on_disk", "my_score"]
+    assert [view["label"] for view in single["views"]] == ["size_on_disk", "kl_divergence", "my_score"]
     assert search_charts(search_report(trials=[], pareto=[], best=None)) == []
 
 
@@ -45,10 +45,10 @@ def test_each_finished_trial_is_a_point_of_its_kind() -> None:
 
 
 def test_a_line_joins_what_no_trial_beats_in_the_two_metrics_shown() -> None:
-    line = traces(tradeoff(search_report(), "size_on_disk", "kl_divergence"))["best of both"]
+    line = traces(tradeoff(search_report(), "size_on_disk", "kl_divergence"))["front of the two"]
     assert (line["x"], line["y"]) == ([2.0, 3.0, 4.0, 5.0], [0.20, 0.04, 0.03, 0.01])
     unknown = search_report(goals=[])  # nothing tells whether more or less of my_score is better
-    assert "best of both" not in traces(tradeoff(unknown, "my_score", "kl_divergence"))
+    assert "front of the two" not in traces(tradeoff(unknown, "my_score", "kl_divergence"))
 
 
 @pytest.mark.parametrize("ways", list(product((min, max), repeat=2)))

@@ -38,7 +38,7 @@ class Elements(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open not in ("script", "style") and data.strip():
-            self.texts.append(" ".join(data.split()))
+            self.texts.append(" ".join(data.split()))  # no-break spaces too
 
 
 def plain_report(**facts: Any) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def usage() -> str:
         f"olive {__version__}: from a checkpoint to the best model for ONNX Runtime on your device.\n\n"
         f"usage: olive COMMAND [options]\n\ncommands:\n{rows}\n\n"
         "olive COMMAND --help lists a command's options.\n"
-        "Exit codes: 0 done, 1 the run failed, 2 the input was at fault, 3 verification failed, 130 interrupted."
+        "Exit codes: 0 done, 1 the run failed, 2 the input was at fault, 3 verification failed or a reproduced file\n"
+        "differs, 130 interrupted."
     )
 
 

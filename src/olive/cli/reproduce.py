@@ -12,6 +12,9 @@ from olive.cli.options import Parser, given
 from olive.cli.run import add_log_level, open_cache, show_progress
 from olive.errors import ConfigError, VerifyError
 
+PLACES = {"path": "model", "adapter_path": "adapter_path"}
+"""Fields of the input model that say where it lies, and their flags."""
+
 
 def parser(prog: str) -> Parser:
     """Return the command's parser."""
@@ -104,9 +107,10 @@ def _model(given_model: Mapping[str, Any], args: argparse.Namespace) -> dict[str
         raise ConfigError(
             "the lock's run let code of the checkpoint run; look at that code, then give --trust_remote_code"
         )
-    if not hasattr(args, "model") and not given_model.get("revision") and not Path(given_model["path"]).exists():
-        raise ConfigError(f"the input model is not at {given_model['path']}; say where it lies with --model PATH")
-    model = dict(given_model) | given(args, {"path": "model", "adapter_path": "adapter_path"})
+    model = dict(given_model) | given(args, PLACES)
     if hasattr(args, "model") and Path(args.model).expanduser().exists():
         model.pop("revision", None)
+    for name, flag in PLACES.items():
+        if name in model and not model.get("revision") and not Path(model[name]).expanduser().exists():
+            raise ConfigError(f"{flag}: not at {model[name]}; say where it lies with --{flag} PATH")
     return model

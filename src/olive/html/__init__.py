@@ -170,7 +170,7 @@ def _commands(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _bytes(count: float) -> str:
-    return with_unit("size_on_disk", count)
+    return with_unit("size_on_disk", count).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _seconds(seconds: float) -> str:

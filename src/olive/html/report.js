@@ -17,7 +17,7 @@
       dragmode: touch.matches ? false : "zoom",  // on a phone a drag scrolls the page
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", tracegroupgap: 0 },
       hoverlabel: { bgcolor: color("--card"), bordercolor: color("--muted"), align: "left",
-                    font: { color: color("--text"), size: 13 } },
+                    font: { family: style.fontFamily, color: color("--text"), size: 13 } },
     };
   }
 

@@ -50,7 +50,9 @@ def search_charts(report: Report) -> list[dict[str, Any]]:
         views = [tradeoff(report, x, y) for y, x in combinations(names, 2)]
         found.append({"id": "tradeoff", "views": views})
     if names:
-        found.append({"id": "history", "views": [history(report, name) for name in names]})
+        objectives = {goal["goal"].split()[0] for goal in report["goals"] if goal["met"] is None}
+        views = [history(report, name) for name in sorted(names, key=lambda name: name not in objectives)]
+        found.append({"id": "history", "views": views})
     return found
 
 
@@ -95,7 +97,7 @@ def tradeoff(report: Report, x: str, y: str) -> dict[str, Any]:
     if ways[0] and ways[1]:
         edge = undominated([(_value(t, x), _value(t, y)) for t in done], (ways[0], ways[1]))
         look = {"color": GREEN, "width": 1.5, "dash": "dot", "shape": "hv" if ways[0] is min else "vh"}
-        traces.insert(0, {"name": "best of both", "mode": "lines", "hoverinfo": "skip", "line": look,
+        traces.insert(0, {"name": "front of the two", "mode": "lines", "hoverinfo": "skip", "line": look,
                           "x": [point[0] for point in edge], "y": [point[1] for point in edge]})  # fmt: skip
     axes = {"xaxis": _axis(x, shown, "x"), "yaxis": _axis(y, shown, "y")}
     shapes = [*_thresholds(report, x, "x"), *_thresholds(report, y, "y")]
