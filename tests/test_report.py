@@ -22,6 +22,7 @@ def told(**facts: object) -> str:
 def test_figures_have_their_units() -> None:
     assert with_unit("size_on_disk", 5.1e6) == "5.1 MB"
     assert with_unit("peak_memory", 2.5e9) == "2.50 GB"
+    assert with_unit("size_on_disk", 1234) == "1.2 kB"
     assert with_unit("latency.latency_p50", 12.0) == "12 ms"
     assert with_unit("my_score", 0.25) == "0.25"
 

@@ -127,7 +127,8 @@ def with_unit(metric: str, value: float) -> str:
     known = METRICS.get(metric.rpartition(".")[2])
     unit = known.unit if known else ""
     if unit == "bytes":
-        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+        scale, name, digits = (1e9, "GB", 2) if value >= 1e9 else (1e6, "MB", 1) if value >= 1e6 else (1e3, "kB", 1)
+        return f"{value / scale:.{digits}f} {name}"
     return f"{value:.4g} {unit}".rstrip()
 
 

@@ -66,6 +66,17 @@ def test_what_a_run_has_to_say_is_on_the_page() -> None:
         assert text in texts, text
 
 
+def test_candidates_are_compared_and_the_picked_one_stands_out() -> None:
+    report = search_report()
+    figures = {"perplexity": 10.5, "kl_divergence": 0.03, "top1_agreement": 0.9, "bytes": 2_500_000, "seconds": 90.0}
+    tried = [{"name": "hqq", **figures}, {"name": "tune", "not_done": "would not end within 10m"}]
+    report["steps"][0]["facts"] |= {"candidates": tried, "picked": "hqq"}
+    text = page(report)
+    assert '<tr class="picked"><td>hqq</td>' in text
+    for said in ("10.5", "2.5 MB", "1 min 30 s", "would not end within 10m"):
+        assert said in Elements(text).texts
+
+
 def test_the_page_asks_for_nothing_outside_itself() -> None:
     elements = Elements(page(search_report())).found
     for tag, attributes in elements:

@@ -49,9 +49,11 @@ def error_chart(chart: str, linears: Linears) -> dict[str, Any]:
         look = {"mode": "markers", "marker": marker, "showlegend": False}
         traces.append(common | look | {"name": "rounded to nearest", "y": rounded})
     last = max((x for trace in traces for x in trace["x"]), default=0)
+    errors = [y for trace in traces for y in trace["y"] if y is not None]
+    decades = {"dtick": 1} if errors and max(errors) > 10 * min(errors) else {}
     layout = {
         "xaxis": {"title": {"text": "decoder layer"}, "tickformat": "d", "dtick": max(1, -(-last // MOST_TICKS))},
-        "yaxis": {"title": {"text": "relative output error"}, "type": "log", "exponentformat": "power"},
+        "yaxis": {"title": {"text": "relative output error"}, "type": "log", "exponentformat": "power", **decades},
     }
     return {"id": chart, "views": [{"label": "error", "data": traces, "layout": layout}]}
 
