@@ -226,7 +226,10 @@ MODEL_AND_OUT = ["-m", str(LAB_MODEL), "-o", "out"]
         ),
         (["finetune", *MODEL_AND_OUT], ["give data to train on"]),
         (["auto-opt", *MODEL_AND_OUT, "--adapter_path", "nowhere"], ["nowhere", "no adapter_config.json"]),
-        (["auto-opt", *MODEL_AND_OUT, "--device", "gpu"], ["decoder does not build for CUDAExecutionProvider yet"]),
+        (
+            ["auto-opt", *MODEL_AND_OUT, "--device", "gpu", "--provider", "CPUExecutionProvider"],
+            ["provider CPUExecutionProvider does not run on device gpu", "CUDAExecutionProvider"],
+        ),
         (
             ["auto-opt", *MODEL_AND_OUT, "--provider", "CUDAExecutionProvider"],
             ["CUDAExecutionProvider does not run on device cpu", "use CPUExecutionProvider"],

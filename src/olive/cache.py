@@ -40,8 +40,9 @@ class Entry:
 class Cache:
     """The store under one folder; safe under concurrent processes of one machine."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, kept: bool = True) -> None:
+        """``kept``: entries outlive the run; else an output may take their files."""
+        self.root, self.kept = root, kept
         self._digests: dict[str, str] | None = None
         self._digesting = threading.Lock()
 
@@ -139,12 +140,18 @@ def default_root() -> Path:
     return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "olive"
 
 
-def lay(source: Path, target: Path) -> None:
-    """Lay out the files of ``source``, its manifest aside; large ones share their bytes where that is safe."""
-    for name in files(source):
+def lay(source: Path, target: Path, *, move: bool = False) -> None:
+    """Lay out the files of ``source``, its manifest aside; large ones share their bytes where that is safe.
+
+    ``move``: nobody needs them in ``source`` any longer.
+    """
+    for name in list(files(source)):
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(source / name, place)
+        if move and (source / name).stat().st_nlink == 1:  # a link is somebody else's file too
+            shutil.move(source / name, place)
+        else:
+            link_or_copy(source / name, place)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

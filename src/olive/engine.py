@@ -53,7 +53,7 @@ def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress
     report.verification = _verify(plan, entry, model, before, cache, progress)
     manifest = _manifest(plan, entry, report)
     with _disk_space(plan.output):
-        _commit(entry, manifest, plan.output, overwrite, cache.digest)
+        _commit(entry, manifest, plan.output, overwrite, cache)
     report.output_bytes = _size(plan.output / entry.record["model"])
     report.sizes = {name: (plan.output / name).stat().st_size for name in entry.record["files"]}
     report.lock = lock(plan, [step.cached for step in report.steps], entry.record["files"], cache.digest)
@@ -79,6 +79,7 @@ def _run_step(step: Step, model: Model, input_key: str, plan: Plan, cache: Cache
             target=plan.workflow.target,
             compute_device=plan.compute_device,
             seed=plan.workflow.seed,
+            digest=cache.digest,
             note=facts.update,
             progress=progress,
         )
@@ -129,6 +130,7 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
             bits=bits,
             max_kl=asked.max_kl,
             device=plan.compute_device,
+            provider=plan.workflow.target.execution_provider(),
         )
     progress("verify", 1, 1)
     with cache.lock(key), cache.stage(key) as staged:
@@ -165,18 +167,16 @@ def _manifest(plan: Plan, entry: Entry, report: Report) -> dict[str, Any]:
     }
 
 
-def _commit(
-    entry: Entry, manifest: Mapping[str, Any], output: Path, overwrite: bool, digest: Callable[[Path], str]
-) -> None:
+def _commit(entry: Entry, manifest: Mapping[str, Any], output: Path, overwrite: bool, cache: Cache) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output_lock(output):  # two processes may write the same output: one after the other
         sweep(output.parent, f".{output.name}.building.*")
         staged = output.parent / f".{output.name}.building.{os.getpid()}"
         staged.mkdir()
         try:
-            lay(entry.files, staged)
+            lay(entry.files, staged, move=not cache.kept)
             write_manifest(staged, manifest)
-            check_replaceable(output, overwrite, digest)
+            check_replaceable(output, overwrite, cache.digest)
             swap(staged, output)
         finally:
             shutil.rmtree(staged, ignore_errors=True)

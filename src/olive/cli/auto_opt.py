@@ -7,7 +7,10 @@ import argparse
 from olive.cli.options import Parser, add_fields, add_model, given, read_model
 from olive.cli.run import add_flow, execute
 
-OPTIONS = ["precision", "group_size", "symmetric", "lm_head", "embeddings", "accuracy_level"]
+OPTIONS = [
+    "precision", "algorithm", "group_size", "symmetric", "lm_head", "embeddings", "accuracy_level", "logits",
+    "kv_cache", "context_length", "chunk_size", "adapter_precision",
+]  # fmt: skip
 TARGET = ["device", "provider"]
 
 

@@ -159,7 +159,7 @@ def open_cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written ({place}: {error.strerror}); choose another place") from None
     try:
-        yield Cache(folder)
+        yield Cache(folder, kept=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from olive.decoder.families import Architecture
+from olive.decoder.architecture import Architecture
+from olive.decoder.families import text_config
 from olive.decoder.graph import MODEL
+from olive.decoder.options import Options
 from olive.errors import ConfigError
 from olive.quant.formats.checkpoint import Checkpoint
-
-log = logging.getLogger("olive")
 
 REWINDS_BEYOND = 4096
 """For type phi3, GenAI recomputes the cache when a text grows past this length, whatever config.json says."""
@@ -30,11 +29,8 @@ SEARCH = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0,
 }  # fmt: skip
 """What generation_config.json may set, and the defaults."""
-PROBES = (
-    "The quick brown fox jumps over 13 lazy dogs.", "  two  spaces\tand a tab\n\nnew paragraph", "naïve café – 日本語",
-    "def f(x):\n    return x ** 2 # 1,234.50", "<|user|>\nhello<|end|>\n<|assistant|>\n", "don't WON'T I'll 2nd",
-)  # fmt: skip
-"""Texts that tokenizers are compared on."""
+CHUNK_SIZE = 512
+"""Tokens of a prompt that GenAI reads at once, so that memory does not grow with the prompt."""
 
 
 def check(folder: Path) -> None:
@@ -44,18 +40,19 @@ def check(folder: Path) -> None:
                           "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")  # fmt: skip
 
 
-def write(checkpoint: Checkpoint, arch: Architecture, out: Path) -> list[str]:
+def write(checkpoint: Checkpoint, arch: Architecture, options: Options, out: Path) -> list[str]:
     """Write genai_config.json, copy config.json and the tokenizer; return what a reader of the report should know."""
     for name in ("config.json", *TOKENIZER_FILES):
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, out / name)
-    config = _config(checkpoint, arch)
+    config, notes = _config(checkpoint, arch, options)
     (out / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return _compare_tokenizers(out)
+    return notes
 
 
-def _config(checkpoint: Checkpoint, arch: Architecture) -> dict[str, Any]:
-    folder, given = checkpoint.folder, checkpoint.config
+def _config(checkpoint: Checkpoint, arch: Architecture, options: Options) -> tuple[dict[str, Any], list[str]]:
+    folder = checkpoint.folder
+    given = dict(checkpoint.config) | dict(text_config(checkpoint.config))
     generation = _read(folder / "generation_config.json")
     special = _special_tokens(folder)
     ends = _ends(given, generation, special)
@@ -63,13 +60,19 @@ def _config(checkpoint: Checkpoint, arch: Architecture) -> dict[str, Any]:
     padding = (generation.get("pad_token_id"), given.get("pad_token_id"), special.get("pad_token"), ends[0])
     search = {key: generation.get(key, default) for key, default in SEARCH.items()}
     search |= {"max_length": min(arch.max_positions, MAX_LENGTH), "past_present_share_buffer": True}
+    chunk, notes = _chunk_size(arch, options)
+    search |= {"chunk_size": chunk} if chunk else {}
     begin = next((i for i in first if i is not None), None)
-    return {
+    provider = options.target
+    config = {
         "model": {
             **({} if begin is None else {"bos_token_id": begin}),
             "context_length": arch.max_positions,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "provider_options": [{provider.genai: provider.options}] if provider.genai else [],
+                },
                 "filename": MODEL,
                 "head_size": arch.head_dim,
                 "hidden_size": arch.hidden,
@@ -90,11 +93,26 @@ def _config(checkpoint: Checkpoint, arch: Architecture) -> dict[str, Any]:
             },
             "eos_token_id": ends if len(ends) > 1 else ends[0],
             "pad_token_id": next(i for i in padding if i is not None),
-            "type": arch.name,
+            "type": arch.genai_type or "decoder",
             "vocab_size": arch.vocab,
         },
         "search": search,
     }
+    return config, notes
+
+
+def _chunk_size(arch: Architecture, options: Options) -> tuple[int | None, list[str]]:
+    """Return the longest piece of a prompt to be read at once, and what is to be said of ropes that switch."""
+    switching = next((rope for rope in arch.ropes if rope and rope.switches()), None)
+    if switching is None:
+        return options.chunk_size or CHUNK_SIZE, []
+    notes = []
+    if options.chunk_size:
+        notes.append("chunk_size is not used: a prompt read in pieces would mix the two tables of longrope")
+    if (arch.genai_type, switching.original) != ("phi3", REWINDS_BEYOND):
+        notes.append(f"longrope switches beyond {switching.original} tokens, but GenAI recomputes its cache only at "
+                     f"{REWINDS_BEYOND}: a text that crosses it while generating mixes both")  # fmt: skip
+    return None, notes
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -126,23 +144,3 @@ def _ends(config: Mapping[str, Any], generation: Mapping[str, Any], special: Map
         raise ConfigError("config.json: no eos_token_id, here, in generation_config.json or in the tokenizer's files: "
                           "generation would never end; set it")  # fmt: skip
     return list(dict.fromkeys(ids))
-
-
-def _compare_tokenizers(out: Path) -> list[str]:
-    """Compare GenAI's reading of tokenizer.json with that of the tokenizers library on some texts."""
-    import onnxruntime_genai
-    from tokenizers import Tokenizer
-
-    try:
-        theirs = onnxruntime_genai.Tokenizer(str(out))
-    except RuntimeError as error:
-        log.warning("%s: GenAI cannot load the tokenizer: %s", out, error)
-        return [f"GenAI cannot load the tokenizer: {error}"]
-    ours = Tokenizer.from_file(str(out / "tokenizer.json"))
-    for text in PROBES:
-        expected = ours.encode(text, add_special_tokens=False).ids
-        given = [int(i) for i in theirs.encode(text)]
-        if given[-len(expected) :] != expected:  # GenAI may put a beginning token in front
-            log.warning("tokenizer.json: GenAI reads %r as %s, the tokenizers library as %s", text, given, expected)
-            return [f"tokenizer: GenAI reads {text!r} differently from the tokenizers library"]
-    return []

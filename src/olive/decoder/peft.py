@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from olive.decoder.source import WRAPPERS
 from olive.errors import ConfigError
 from olive.quant.formats.shards import Shards
 
 PREFIX = "base_model.model."
-IN_LAYER = re.compile(r"model\.layers\.\d+\..+")
+IN_LAYER = re.compile(r".+\.\d+\..+")
 REFUSED = {
     "use_dora": "DoRA", "use_qalora": "QALoRA", "modules_to_save": "trained copies of whole modules",
-    "lora_bias": "a bias in LoRA", "fan_in_fan_out": "transposed weights", "layer_replication": "repeated layers",
+    "lora_bias": "a bias in LoRA", "layer_replication": "repeated layers",
     "trainable_token_indices": "trained tokens", "target_parameters": "bare parameters as targets",
     "alora_invocation_tokens": "activated LoRA", "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow routing",
 }  # fmt: skip
@@ -52,8 +53,17 @@ def read_peft(folder: Path) -> dict[str, Lora]:
         a = tensors[f"{PREFIX}{module}.lora_A.weight"].float().numpy()  # [R, K]
         b = tensors[f"{PREFIX}{module}.lora_B.weight"].float().numpy()  # [N, R]
         scale = _scale(config, module, a.shape[0])
-        found[module] = Lora(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T) * np.float32(scale))
+        found[_plain(module)] = Lora(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T) * np.float32(scale))
     return found
+
+
+def _plain(module: str) -> str:
+    """Name a module as the text decoder does, whatever class the adapter was trained with: a model that also sees
+    keeps its decoder apart, and a model without lm_head has no ``model.`` in front."""
+    wrapper = next((w for w in WRAPPERS if module.startswith(w)), None)
+    if wrapper is not None:
+        return "model." + module.removeprefix(wrapper)
+    return f"model.{module}" if module.startswith("layers.") else module
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Context:
     """Where the pass computes: ``cpu`` or ``cuda``."""
     seed: int
     """Seed of everything random."""
+    digest: Callable[[Path], str]
+    """SHA-256 of a file; one that was read for the keys is not read again."""
     note: Callable[..., None]
     """``note(name=fact)`` records a fact for the report."""
     progress: Callable[[str, int, int], None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ BASE = "olive.base"
 
 Shape = tuple[int | None, ...]
 """None where a size is free: the rank."""
+DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype(np.float32), 10: np.dtype(np.float16)}
+"""By ONNX's number of the type."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An adapter input of a graph."""
+
+    shape: Shape
+    dtype: np.dtype[Any]
 
 
 def _load(folder: Path) -> Any:
@@ -32,34 +43,38 @@ def _load(folder: Path) -> Any:
         raise ConfigError(f"{path}: not an ONNX model: {error}") from None
 
 
-def expected_inputs(folder: Path) -> dict[str, Shape]:
+def expected_inputs(folder: Path) -> dict[str, Input]:
     """Return the adapter inputs of a folder's graph, by name; the weights are not read."""
-    found: dict[str, Shape] = {}
+    found: dict[str, Input] = {}
     for value in _load(folder).graph.input:
         if value.name.endswith(SUFFIXES):
-            dims = value.type.tensor_type.shape.dim
-            found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+            kind = value.type.tensor_type
+            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+            found[value.name] = Input(shape, DTYPES[kind.elem_type])
     return found
 
 
-def metadata(folder: Path) -> tuple[dict[str, dict[str, int]], str]:
-    """Return what an adapter must know of a graph: its packed modules, as {module: {checkpoint module: N}}, and the
-    digest of its base ("" if unknown)."""
+def metadata(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return what an adapter must know of a graph: how its modules pack those of the checkpoint (``packed``, ``split``,
+    ``by_head``), and the digest of its base ("" if unknown)."""
     props = {p.key: p.value for p in _load(folder).metadata_props}
-    return json.loads(props.get(METADATA, "{}")).get("packed", {}), props.get(BASE, "")
+    return json.loads(props.get(METADATA, "{}")), props.get(BASE, "")
 
 
 def read(file: Path) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the tensors of an ``.onnx_adapter`` file."""
+    return {name: tuple(value.shape()) for name, value in _parameters(file).items()}
+
+
+def _parameters(file: Path) -> Any:
     import onnxruntime
 
     if not file.is_file():
         raise ConfigError(f"{file}: no such adapter file")
     try:
-        parameters = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
+        return onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
     except Exception as error:  # ONNX Runtime raises bare RuntimeError and its own kinds here
         raise ConfigError(f"{file}: not an .onnx_adapter file: {error}") from None
-    return {name: tuple(value.shape()) for name, value in parameters.items()}
 
 
 def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -81,16 +96,15 @@ def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
         building.unlink(missing_ok=True)
 
 
-def check(shapes: Mapping[str, Sequence[int]], folder: Path, where: str) -> None:
+def check(shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Input], folder: Path, where: str) -> None:
     """Refuse an adapter that a folder's graph has no place for, by its first tensor that differs."""
-    expected = expected_inputs(folder)
     advice = f"build {folder.name} again with this adapter, or train the adapter on the model that it was built from"
     for name, given in sorted(shapes.items()):
         if name not in expected:
             listed = f"it has {len(expected)} adapter inputs" if expected else "it has no adapter inputs"
             raise ConfigError(f"{where}: does not fit {folder}: the graph has no input {name} {list(given)} "
                               f"({listed}); {advice}")  # fmt: skip
-        want = expected[name]
+        want = expected[name].shape
         if len(given) != len(want) or any(w is not None and g != w for g, w in zip(given, want, strict=True)):
             shape = ["R" if size is None else size for size in want]
             raise ConfigError(f"{where}: does not fit {folder}: {name} has shape {list(given)}, expected "
@@ -106,4 +120,11 @@ def check(shapes: Mapping[str, Sequence[int]], folder: Path, where: str) -> None
 
 def check_file(file: Path, folder: Path) -> None:
     """Refuse an ``.onnx_adapter`` file that does not fit a folder."""
-    check(read(file), folder, str(file))
+    expected, parameters = expected_inputs(folder), _parameters(file)
+    check({name: tuple(value.shape()) for name, value in parameters.items()}, expected, folder, str(file))
+    for name, value in parameters.items():
+        given = value.data_type().removeprefix("tensor(").rstrip(")")
+        wanted = {"float32": "float"}.get(expected[name].dtype.name, expected[name].dtype.name)
+        if given != wanted:
+            raise ConfigError(f"{file}: does not fit {folder}: {name} is {given}, expected {wanted}; convert the "
+                              "adapter again for this folder")  # fmt: skip
