@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "olive"
 LAYERS = [
-    {"errors"},
+    {"errors", "machine"},
     {"config", "model"},
     {"target", "quant"},
     {"data", "cache", "remote"},
@@ -21,7 +21,9 @@ LAYERS = [
     {"passes"},
     {"workflow"},
     {"plan", "report", "verify"},
+    {"lock"},
     {"engine"},
+    {"html"},
     {"cli"},
     {"__main__"},
 ]

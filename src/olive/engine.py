@@ -8,12 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from olive import __version__, verify
 from olive.cache import Cache, Entry, check_replaceable, lay, output_lock, swap, sweep
 from olive.errors import PassError
+from olive.lock import lock
 from olive.model import FORMAT_VERSION, Model, digests, files, write_manifest
 from olive.passes.base import Context
 from olive.plan import Plan, Step, code_digest, step_digest, version
@@ -27,7 +29,12 @@ Progress = Callable[[str, int, int], None]
 def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress = lambda *_: None) -> Report:
     """Run the plan's steps; the output folder appears, or is replaced, only when everything has succeeded."""
     began = time.perf_counter()
-    report = Report(as_data(plan.workflow), str(plan.output), source_bytes=_size(plan.source.path))
+    report = Report(
+        as_data(plan.workflow),
+        str(plan.output),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        source_bytes=_size(plan.source.path),
+    )
     model, before = plan.source, plan.source
     entry: Entry | None = None
     input_key = plan.source_key
@@ -40,15 +47,25 @@ def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress
                 entry = _run_step(step, model, input_key, plan, cache, progress)
         before, input_key, model = model, step.key, _open(entry, plan.source.trust_remote_code)
         seconds = time.perf_counter() - started
-        report.steps.append(StepRecord(step.name, step.key, cached, seconds, entry.record["facts"]))
+        facts = entry.record["facts"]
+        report.steps.append(StepRecord(step.name, step.key, cached, seconds, facts, _reason(step, cached)))
     assert entry is not None  # a workflow has at least one pass
     report.verification = _verify(plan, entry, model, before, cache, progress)
     manifest = _manifest(plan, entry, report)
     with _disk_space(plan.output):
         _commit(entry, manifest, plan.output, overwrite, cache)
     report.output_bytes = _size(plan.output / entry.record["model"])
+    report.sizes = {name: (plan.output / name).stat().st_size for name in entry.record["files"]}
+    report.lock = lock(plan, [step.cached for step in report.steps], entry.record["files"], cache.digest)
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _reason(step: Step, cached: bool) -> str:
+    """Say why a step ran or did not; the plan's reason is outdated if another run made the entry since, or lost it."""
+    if cached == step.cached:
+        return step.reason
+    return "made by another run meanwhile" if cached else "its cache entry is gone"
 
 
 def _run_step(step: Step, model: Model, input_key: str, plan: Plan, cache: Cache, progress: Progress) -> Entry:

@@ -70,7 +70,8 @@ def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
     _check_output(output, [folder, *([adapter] if adapter else [])], kept)
     writable(cache.root, f"{cache.root}: the cache cannot be written; set OLIVE_CACHE_DIR")
     check_replaceable(output, overwrite, cache.digest)
-    _check_report(output, overwrite)
+    for what in BESIDE:
+        check_beside(beside(output, what), what, overwrite)
     device = compute_device(workflow.compute_device)
     source_key = _source_key(source, cache.digest)
     steps, key = [], source_key
@@ -124,16 +125,25 @@ def writable(folder: Path, what: str) -> None:
         raise ConfigError(f"{what} ({existing}: {error.strerror}); choose another place") from None
 
 
-def _check_report(output: Path, overwrite: bool) -> None:
-    """The report goes beside the output: refuse to replace a file there that is not one."""
-    path = report_path(output)
-    if path.exists() and not overwrite and not path.read_bytes()[:16].startswith(b'{\n "workflow"'):
-        raise ConfigError(f"{path}: is in the way of the report and not one of ours; move it or give --overwrite")
+BESIDE = {
+    "report.json": b'{\n "workflow"',
+    "report.html": b"<!DOCTYPE html>\n<!-- Olive report -->",
+    "lock.json": b'{\n "format": "olive-lock"',
+}
+"""Files that are written beside an output, and how those of ours begin."""
 
 
-def report_path(output: Path) -> Path:
-    """Return where an output's report goes."""
-    return output.with_name(output.name + ".report.json")
+def check_beside(path: Path, what: str, overwrite: bool) -> None:
+    """Report and lock go beside the output: refuse to replace a file there that is neither."""
+    if path.exists() and not overwrite and not (path.is_file() and path.read_bytes().startswith(BESIDE[what])):
+        raise ConfigError(
+            f"{path}: is in the way of the {what.split('.')[0]} and not one of ours; move it or give --overwrite"
+        )
+
+
+def beside(output: Path, what: str) -> Path:
+    """Return where a file that accompanies an output goes, as ``OUTPUT.report.json``."""
+    return output.with_name(f"{output.name}.{what}")
 
 
 def _source_key(source: Model, digest: Callable[[Path], str]) -> str:

@@ -91,7 +91,7 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
     if hasattr(args, "save_config_file"):
         _save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
     overwrite = hasattr(args, "overwrite")
-    with _cache(args, Path(workflow.output_dir)) as cache:
+    with open_cache(args, Path(workflow.output_dir)) as cache:
         from olive.plan import plan
 
         planned = plan(workflow, cache, overwrite=overwrite)
@@ -101,20 +101,33 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
             return 0
         from olive.engine import run
 
-        with _progress() as progress:
+        with show_progress() as progress:
             report = run(planned, cache, overwrite=overwrite, progress=progress)
-    _say(report, planned.output)
+    report.command = getattr(args, "command_line", "")
+    say(report, planned.output)
     return 0
 
 
-def _say(report: Report, output: Path) -> None:
-    from olive.plan import report_path
-
-    saved = report_path(output)
-    report.save(saved)
+def say(report: Report, output: Path) -> None:
+    """Print the report, and write it beside the output."""
+    saved = write_report(report, output)
     for line in report.lines():
         print(line)
     print(f"{'report':<12} {saved}")
+
+
+def write_report(report: Report, output: Path) -> Path:
+    """Write a report beside its output, as data, as a page (whose path is returned) and, if there is one, the lock."""
+    from olive.html import page
+    from olive.lock import write_lock
+    from olive.plan import beside
+
+    report.save(beside(output, "report.json"))
+    saved = beside(output, "report.html")
+    saved.write_text(page(report.as_data()), encoding="utf-8")
+    if report.lock:
+        write_lock(report.lock, beside(output, "lock.json"))
+    return saved
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -129,7 +142,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 @contextmanager
-def _cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
+def open_cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
+    """Open the cache, or with ``--no_cache`` a store that ends with the run."""
     from olive.cache import Cache, default_root, sweep
 
     if not hasattr(args, "no_cache"):
@@ -151,7 +165,7 @@ def _cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def show_progress() -> Iterator[Any]:
     """Show a progress bar on a terminal; elsewhere log each stage once."""
     if not sys.stderr.isatty():
         seen: set[str] = set()

@@ -86,6 +86,9 @@ class Calibrated(
     def folders(self) -> tuple[Path, ...]:
         return (Path(self.statistics),) if self.statistics is not None else ()
 
+    def alone(self) -> Calibrated:
+        return self.model_copy(update={"save_statistics": None})
+
     def missing(self) -> bool:
         return self.save_statistics is not None and not Path(self.save_statistics).exists()
 
