@@ -59,19 +59,9 @@ class Plan:
 
 def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
     """Resolve the model, check that the passes fit together and that the output may be written, and key the steps."""
-    given = workflow.input_model
-    folder, revision = fetch(given.path, given.revision)
-    adapter = Path(given.adapter_path).expanduser() if given.adapter_path else None
-    source = models.open_model(folder, adapter, trust_remote_code=given.trust_remote_code)
+    source, revision, inputs = open_source(workflow)
     _check_passes(source.kind, workflow)
-    output = Path(workflow.output_dir).expanduser()
-    output = output.resolve() if output.is_symlink() else output
-    kept = [Path.cwd(), Path.home(), cache.root, *(file for step in workflow.passes for file in _data_files(step))]
-    _check_output(output, [folder, *([adapter] if adapter else [])], kept)
-    writable(cache.root, f"{cache.root}: the cache cannot be written; set OLIVE_CACHE_DIR")
-    check_replaceable(output, overwrite, cache.digest)
-    for what in BESIDE:
-        check_beside(beside(output, what), what, overwrite)
+    output = check_places(workflow, inputs, cache, overwrite=overwrite)
     device = compute_device(workflow.compute_device)
     source_key = _source_key(source, cache.digest)
     steps, key = [], source_key
@@ -82,6 +72,28 @@ def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
             Step(pass_name(step), key, step, cached, "same key in the cache" if cached else "not in the cache")
         )
     return Plan(workflow, source, source_key, revision, tuple(steps), device, output)
+
+
+def open_source(workflow: Workflow) -> tuple[Model, str | None, list[Path]]:
+    """Return the input model, the revision that it was found at, and the folders that it came in."""
+    given = workflow.input_model
+    folder, revision = fetch(given.path, given.revision)
+    adapter = Path(given.adapter_path).expanduser() if given.adapter_path else None
+    source = models.open_model(folder, adapter, trust_remote_code=given.trust_remote_code)
+    return source, revision, [folder, *([adapter] if adapter else [])]
+
+
+def check_places(workflow: Workflow, inputs: list[Path], cache: Cache, *, overwrite: bool) -> Path:
+    """Return the output's folder; refuse one that may not be written or replaced."""
+    output = Path(workflow.output_dir).expanduser()
+    output = output.resolve() if output.is_symlink() else output
+    kept = [Path.cwd(), Path.home(), cache.root, *(file for step in workflow.passes for file in _data_files(step))]
+    _check_output(output, inputs, kept)
+    writable(cache.root, f"{cache.root}: the cache cannot be written; set OLIVE_CACHE_DIR")
+    check_replaceable(output, overwrite, cache.digest)
+    for what in BESIDE:
+        check_beside(beside(output, what), what, overwrite)
+    return output
 
 
 def _check_passes(kind: str, workflow: Workflow) -> None:

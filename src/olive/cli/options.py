@@ -108,11 +108,11 @@ SHORT = {"model_name_or_path": ("-m",), "adapter_path": ("-a",), "data_name": ("
 
 
 def _plain(annotation: Any) -> Any:
-    """Reduce ``X | None`` to X, and ``str | tuple`` to tuple."""
+    """Reduce ``X | None`` to X, ``str | tuple`` to tuple, and ``int | str`` to str."""
     parts = [part for part in get_args(annotation) if part is not type(None)]
     if get_origin(annotation) in (Literal, tuple, dict) or not parts:
         return annotation
-    return next((part for part in parts if get_origin(part) is tuple), parts[0])
+    return next((part for part in parts if get_origin(part) is tuple), str if str in parts else parts[0])
 
 
 def given(args: argparse.Namespace, names: Mapping[str, str] | Sequence[str]) -> dict[str, Any]:

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from olive.report import Report
 
 VERIFY = {"level": "verify", "max_kl": "max_kl"}
+SEARCH = ["sampler", "trials", "time", "workers", "study"]
 
 
 def parser(prog: str) -> Parser:
     """Return the parser of ``olive run``."""
-    own = Parser(prog, "Run a workflow file: YAML or JSON with input_model, passes and output_dir.")
+    from olive.workflow import Search
+
+    text = "Run a workflow file: YAML or JSON with input_model, passes and output_dir. Holes in it are searched over."
+    own = Parser(prog, text)
     own.add_argument("config", nargs="?", metavar="FILE", help="The workflow file.")
     own.add_argument("--config", dest="config_flag", metavar="FILE", help="The workflow file, as a flag.")
+    add_fields(own, Search, SEARCH)
     add_flow(own)
     return own
 
@@ -35,6 +40,7 @@ def parser(prog: str) -> Parser:
 def main(args: argparse.Namespace) -> int:
     """Read the file and run it; flags override what it says."""
     from olive.config import load
+    from olive.search.space import is_template, read_space
     from olive.workflow import read_workflow
 
     name = getattr(args, "config", None) or getattr(args, "config_flag", None)
@@ -43,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     data = load(Path(name))
     if isinstance(data, dict) and hasattr(args, "output_path"):
         data["output_dir"] = args.output_path
-    read_workflow(data, name)  # so that mistakes are reported with the file's name
+    (read_space if is_template(data) else read_workflow)(data, name)  # so that mistakes have the file's name
     return execute(data, args)
 
 
@@ -79,7 +85,8 @@ def add_log_level(own: Parser) -> None:
 
 
 def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
-    """Run a workflow given as plain data, with the flags of :func:`add_flow` applied."""
+    """Run a workflow given as plain data, with the flags of :func:`add_flow` applied; search a template first."""
+    from olive.search.space import is_template
     from olive.workflow import as_yaml, read_workflow
 
     verify = given(args, VERIFY)
@@ -87,9 +94,17 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
     data |= given(args, ["compute_device", "seed"])
     if "output_dir" not in data:
         raise ConfigError("--output_path (-o) is required: the folder of the result")
+    searched = given(args, SEARCH)
+    if is_template(data):
+        from olive.cli.search import execute_template
+
+        return execute_template(data | {"search": (data.get("search") or {}) | searched}, args)
     workflow = read_workflow(data, "workflow")
+    if searched or workflow.search is not None:
+        told = f"--{next(iter(searched))}" if searched else "search"
+        raise ConfigError(f"{told}: no option of the workflow is a hole, so there is nothing to search")
     if hasattr(args, "save_config_file"):
-        _save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
+        save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
     overwrite = hasattr(args, "overwrite")
     with open_cache(args, Path(workflow.output_dir)) as cache:
         from olive.plan import plan
@@ -192,7 +207,7 @@ def show_progress() -> Iterator[Any]:
         yield move
 
 
-def _save(text: str, path: Path, args: argparse.Namespace) -> None:
+def save(text: str, path: Path, args: argparse.Namespace) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text and not hasattr(args, "overwrite"):
         raise ConfigError(f"--save_config_file {path}: exists with other contents; give another file or --overwrite")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -10,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from olive.config import parse
+from olive.config import Time, parse, seconds
 from olive.data.spec import DataSpec
 from olive.errors import ConfigError, PassError
 from olive.model import Model
@@ -51,22 +50,13 @@ class Best(
     """Calibration data; by default a small shipped text."""
     candidates: tuple[dict[str, Any], ...] = Field(DEFAULT, min_length=1)
     """Passes to try, each with its own options; bits, group size, layout and the like are this pass's."""
-    budget: str | None = None
+    budget: Time | None = None
     """Time to spend, as in 90s, 10m or 2h: a candidate that would not be done by then is given up. Default: as long as
     it takes."""
 
-    @field_validator("budget")
-    @classmethod
-    def _a_time(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"\d+(\.\d+)?[smh]", value):
-            raise ValueError("give a number and a unit, as in 90s, 10m or 2h")
-        return value
-
     def run(self, model: Model, ctx: Context) -> Model:
         began = time.perf_counter()
-        limit = float("inf")
-        if self.budget is not None:
-            limit = float(self.budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.budget[-1]]
+        limit = float("inf") if self.budget is None else seconds(self.budget)
         passes = [self._pass(number, options) for number, options in enumerate(self.candidates)]
         ids, held = self._rows(model)
         shared = ctx.scratch / "statistics"
