@@ -91,11 +91,7 @@ class Decoder(
         written = {}
         for name, folder in model.adapters.items():
             file = out / (ADAPTER_FILE if len(model.adapters) == 1 else f"{name}.onnx_adapter")
-            shapes = lora.convert(folder, out, file)
-            facts.setdefault("adapters", {})[name] = {
-                "rank": max(shape[1] for tensor, shape in shapes.items() if tensor.endswith(".lora_A.weight")),
-                "shapes": shapes,
-            }
+            facts.setdefault("adapters", {})[name] = lora.convert(folder, out, file).facts()
             written[name] = file
         ctx.note(**facts)
         return Model("onnx", out, written)
