@@ -152,7 +152,8 @@ def int8_cast(stack: Stack, x: ir.Value, y: ir.Value, name: str, k: int, parts: 
 
 
 def int8_dynamic(stack: Stack, x: ir.Value, y: ir.Value, name: str, k: int, parts: Sequence[int]) -> ir.Value:
-    """int8 inputs; x and what is between are rounded to int8 on the way."""
+    """int8 inputs; x and what is between are rounded to int8 on the way. With rank 0, ONNX Runtime 1.32 leaves the
+    result unwritten: only good for timing."""
     value, scales = x, []
     for which, tensor in zip("AB", diagonal(stack, name, k, parts), strict=True):
         codes, scale = _integers(tensor, None)
@@ -205,24 +206,26 @@ def halves(stack: Stack, x: ir.Value, y: ir.Value, name: str, k: int, parts: Seq
     return graph.op("Add", [y, high], f"{name}.sum")
 
 
-def _blocks(stack: Stack, x: ir.Value, tensor: np.ndarray, name: str, level: int) -> ir.Value:
-    """Multiply by a weight [K, N] rounded to int4 in blocks, given as an input: nothing can be packed in advance."""
+def _blocks(stack: Stack, x: ir.Value, tensor: np.ndarray, name: str, *, given: bool) -> ir.Value:
+    """Multiply by a weight [K, N] rounded to int4 in blocks; one that is ``given`` cannot be packed in advance."""
     k, n = tensor.shape
     size = 32
     grouped = np.pad(tensor.T, ((0, 0), (0, -k % size))).reshape(n, -1, size)
-    scale = np.maximum(np.abs(grouped).max(-1), 1e-9) / 7
+    scale = (np.maximum(np.abs(grouped).max(-1), 1e-9) / 7).astype(np.float32)
     codes = (np.round(grouped / scale[..., None]) + 8).astype(np.uint8)
-    values = [stack.feed(f"{name}.codes", codes[..., ::2] | codes[..., 1::2] << 4),
-              stack.feed(f"{name}.scale", scale.astype(np.float32))]  # fmt: skip
-    attributes = {"K": k, "N": n, "bits": 4, "block_size": size, "accuracy_level": level}
+    add = stack.feed if given else stack.graph.weight
+    values = [add(f"{name}.codes", codes[..., ::2] | codes[..., 1::2] << 4), add(f"{name}.scale", scale)]
+    attributes = {"K": k, "N": n, "bits": 4, "block_size": size, "accuracy_level": 4}
     return stack.graph.op("MatMulNBits", [x, *values], f"{name}.MatMulNBits", attributes)
 
 
-def int4(stack: Stack, x: ir.Value, y: ir.Value, name: str, k: int, parts: Sequence[int]) -> ir.Value:
+def int4(
+    stack: Stack, x: ir.Value, y: ir.Value, name: str, k: int, parts: Sequence[int], *, given: bool = True
+) -> ir.Value:
     """Two MatMulNBits whose weights are inputs; the rank is fixed by their attributes."""
     a, b = diagonal(stack, name, k, parts)
-    low = _blocks(stack, x, a, f"{name}.A", 4)
-    return stack.graph.op("Add", [y, _blocks(stack, low, b, f"{name}.B", 4)], f"{name}.sum")
+    low = _blocks(stack, x, a, f"{name}.A", given=given)
+    return stack.graph.op("Add", [y, _blocks(stack, low, b, f"{name}.B", given=given)], f"{name}.sum")
 
 
 def builder(stack: Stack, x: ir.Value, y: ir.Value, name: str, k: int, parts: Sequence[int]) -> ir.Value:
@@ -230,11 +233,27 @@ def builder(stack: Stack, x: ir.Value, y: ir.Value, name: str, k: int, parts: Se
     return int4(stack, x, y, name, k, parts)
 
 
-FIXED = ("int4", "builder")
+def builder_packed(stack: Stack, x: ir.Value, y: ir.Value, name: str, k: int, parts: Sequence[int]) -> ir.Value:
+    """As builder, with one adapter for good: initializers, which ONNX Runtime packs on loading."""
+    return int4(stack, x, y, name, k, parts, given=False)
+
+
+def builder_fp32(stack: Stack, x: ir.Value, y: ir.Value, name: str, k: int, parts: Sequence[int]) -> ir.Value:
+    """As builder, with the pair in float32."""
+    return fp32(stack, x, y, name, k, parts)
+
+
+def builder_base(_stack: Stack, _x: ir.Value, y: ir.Value, _name: str, _k: int, _parts: Sequence[int]) -> ir.Value:
+    """As builder, no adapter."""
+    return y
+
+
+APART = (builder, builder_packed, builder_fp32, builder_base)
+FIXED = ("int4", "builder", "builder_packed")
 """Forms that have their rank in attributes."""
 FORMS: dict[str, Form] = {form.__name__: form for form in (
     base, fp32, fp32_split, fp32_apart, fp16, int8_cast, int8_dynamic, gemm, transposed, transposed_apart, halves, int4,
-    builder)}  # fmt: skip
+    *APART)}  # fmt: skip
 
 
 def decoder(stack: Stack, form: Form) -> None:
@@ -255,7 +274,7 @@ def decoder(stack: Stack, form: Form) -> None:
         return found[0], found[3]
 
     for i in range(stack.layers):
-        if form is builder:
+        if form in APART:
             q, *others = (linear(x, f"{i}.{part}", hidden, n) for part, n in zip("qkv", qkv, strict=True))
             for part, value in zip("kv", others, strict=True):  # attention's; nobody else reads them
                 graph.output(value, f"{i}.{part}.out", ir.DataType.FLOAT, [1, "tokens", qkv[1]])

@@ -61,7 +61,8 @@ class Decoder(
     chunk_size: int | None = Field(None, ge=1)
     """Tokens of a prompt that GenAI reads at once; by default 512."""
     adapter_precision: Literal["fp32", "fp16"] = "fp32"
-    """Precision of adapters on a CPU; fp16 halves their memory. On a GPU they are fp16."""
+    """Precision of adapters on a CPU; fp16 halves their memory, but is slower: it is converted for each token. On a GPU
+    they are fp16."""
 
     def run(self, model: Model, ctx: Context) -> Model:
         """Write ``model/`` with the graph, the tokenizer and the adapters' files."""
