@@ -123,7 +123,7 @@ def test_rows_answered_together_are_those_answered_alone(adapted: tuple[Path, di
 
 def test_rank_zero_in_a_file_is_accepted(adapted: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     folder, _ = adapted
-    expected = adapters.expected_inputs(folder)
+    expected = adapters.read_graph(folder).inputs
     zero = {name: np.zeros([size or 0 for size in own.shape], np.float32) for name, own in expected.items()}
     adapters.write(tmp_path / "zero.onnx_adapter", zero)
     generator = Generator(folder, {"zero": tmp_path / "zero.onnx_adapter"})

@@ -29,6 +29,7 @@ COMMANDS = {
     "reproduce": ("olive.cli.reproduce", "do the run of a lock file again and compare every byte"),
     "dequantize": ("olive.cli.dequantize", "write a float checkpoint from a quantized one"),
     "convert-adapters": ("olive.cli.convert_adapters", "convert a PEFT adapter for an ONNX model built before"),
+    "adapters": ("olive.cli.adapters", "list what an ONNX model takes of an adapter, or check adapters against it"),
 }
 INTERRUPTED = 130
 

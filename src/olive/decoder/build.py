@@ -169,7 +169,10 @@ def _check_tensors(source: Source, arch: Architecture) -> int:
 def _adapted(arch: Architecture, adapters: Sequence[Path], layout: lora.Layout) -> set[str]:
     found: set[str] = set()
     for folder in adapters:
-        for module in sorted(peft.targets([folder])):
+        for module in sorted(peft.read_peft(folder, layout.layers)):
+            if arch.experts and (".experts." in module or module.endswith((arch.experts.router, ".mlp.gate"))):
+                raise ConfigError(f"{folder}: adapts {module}: adapters on experts or their router are not supported; "
+                                  "train without them as targets, or merge the adapter into its base")  # fmt: skip
             places = layout.places(module)
             if not places:
                 raise ConfigError(f"{folder}: adapts {module}, which the base does not have; its layers have "
