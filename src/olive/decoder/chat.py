@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ CONVERSATIONS: tuple[Turns, ...] = (
 
 
 def template(folder: Path) -> str | None:
-    """Return a checkpoint's default chat template, if it has one: the file of its own goes first, as in transformers."""
+    """Return a checkpoint's default chat template, if it has one; as in transformers, a file of its own goes first."""
     try:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -70,14 +69,14 @@ def end_of_turn(source: str, tokens: Mapping[str, str], added: Mapping[str, int]
     """Return the token that a template writes after an answer, if it is one of the ``added`` tokens (text to id)."""
     for turns in ([CONVERSATIONS[0][0], USER, ANSWER], [USER, ANSWER]):
         try:
-            closed, opened = (render(source, turns, tokens, open_turn=on) for on in (False, True))
+            before, found, after = render(source, turns, tokens, open_turn=False).rpartition(ANSWER["content"])
         except Exception:  # whatever a template raises
             continue
-        _, found, after = closed.rpartition(ANSWER["content"])
-        following = max((t for t in added if found and t and after.lstrip().startswith(t)), key=len, default=None)
-        # what opens a turn is no end of one
-        if following is not None and following not in opened[len(os.path.commonprefix([closed, opened])) :]:
-            return added[following]
+        following = [token for token in added if found and token and after.lstrip().startswith(token)]
+        longest = max(following, key=len, default=None)
+        # what opens the turn, perhaps with a role's name, is no end of one: the template always opens the next
+        if longest and not re.search(re.escape(longest) + r"\w*\s*$", before):
+            return added[longest]
     return None
 
 

@@ -30,11 +30,11 @@ LEFTOVERS = (
     "_commit_hash",
 )
 """What loaders leave in tokenizer_config.json: where the tokenizer lay on the machine that wrote it."""
-CLASSES = frozenset({
-    "BaichuanTokenizer", "ChatGLMTokenizer", "CLIPTokenizer", "CodeGenTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer",
-    "GPT2Tokenizer", "GPTNeoXTokenizer", "InternLM2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizer", "Qwen2Tokenizer",
-    "TokenizersBackend", "WhisperTokenizer",
-})  # fmt: skip
+CLASSES = (
+    "BaichuanTokenizer", "ChatGLMTokenizer", "CLIPTokenizer", "CodeGenTokenizer", "CodeLlamaTokenizer",
+    "GemmaTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer", "InternLM2Tokenizer", "LlamaTokenizer",
+    "PreTrainedTokenizer", "Qwen2Tokenizer", "TokenizersBackend", "WhisperTokenizer",
+)  # fmt: skip
 """What GenAI takes as the class of a BPE tokenizer, each also with ``Fast``; the reading is the same for all."""
 ANY_BPE, UNIGRAM = "PreTrainedTokenizerFast", "T5Tokenizer"
 
@@ -131,17 +131,17 @@ def _without_places(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 
 def _fit_class(config: dict[str, Any], tokens: Tokens) -> list[str]:
-    """GenAI refuses a class that it does not know, though it reads the same file for all of them."""
+    """GenAI refuses a class that it does not know, though it reads the same file for all of them; without a class it
+    looks at no named tokens."""
     given = config.get("tokenizer_class", "")
     if tokens.kind == "Unigram":
         fits = given.removesuffix("Fast") in (UNIGRAM, "XLMRobertaTokenizer")
     else:
-        fits = given == "" or given.removesuffix("Fast") in CLASSES
+        fits = given.removesuffix("Fast") in CLASSES
     if fits:
         return []
     config["tokenizer_class"] = UNIGRAM if tokens.kind == "Unigram" else ANY_BPE
-    was = given or "nothing"
-    return [f"tokenizer_class is {config['tokenizer_class']}, not {was}, which GenAI does not load"]
+    return [f"tokenizer_class is {config['tokenizer_class']}, as GenAI does not take {given or 'none'}"]
 
 
 def _fit_tokens(config: dict[str, Any], tokens: Tokens) -> list[str]:
