@@ -103,6 +103,6 @@ ALWAYS_OPEN = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
 
 BY_KIND = {"gpt2": CHATML, "llama3": LLAMA3, "qwen2": QWEN, "llama2": MISTRAL, "mistral": MISTRAL, "gemma2": GEMMA,
            "phi3": PHI3, "stablelm": ZEPHYR}  # fmt: skip
-ENDS = {"llama3": "<|eot_id|>", "qwen2": "<|im_end|>", "llama2": "</s>", "mistral": "</s>", "gemma2": "<end_of_turn>", "phi3": "<|end|>",
-        "stablelm": "<|endoftext|>"}  # fmt: skip
+ENDS = {"llama3": "<|eot_id|>", "qwen2": "<|im_end|>", "llama2": "</s>", "mistral": "</s>",
+        "gemma2": "<end_of_turn>", "phi3": "<|end|>", "stablelm": "<|endoftext|>"}  # fmt: skip
 """The token at the end of a turn; GPT-2's tokenizer does not have ChatML's."""

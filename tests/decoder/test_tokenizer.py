@@ -100,7 +100,8 @@ def test_what_genai_loads_and_reads_well_is_copied_as_it_is(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"tokenizer_class": "OlmoTokenizer"}, "tokenizer_class is PreTrainedTokenizerFast, as GenAI does not take OlmoTokenizer"),
+        ({"tokenizer_class": "OlmoTokenizer"},
+         "tokenizer_class is PreTrainedTokenizerFast, as GenAI does not take OlmoTokenizer"),
         ({"tokenizer_class": None}, "tokenizer_class is PreTrainedTokenizerFast, as GenAI does not take none"),
         ({"tokenizer_class": "TokenizersBackend"}, None),
         ({"tokenizer_class": "LlamaTokenizerFast"}, None),
