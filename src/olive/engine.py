@@ -177,6 +177,9 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
     bits = entry.record["facts"].get("bits", {})
     compared = asked.level == "full" and any(step.work.changes_model for step in plan.steps)
     figures: dict[str, Any] = {"level": "full" if compared else "files", **verify.check_files(model, bits)}
+    if compared and model.kind == "onnx":
+        strict = asked.tokenizer == "same"
+        figures["tokenizer"] = verify.check_tokenizer(model, plan.source, strict=strict)
     if compared:
         figures |= verify.check_quality(
             model,

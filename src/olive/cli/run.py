@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from olive.plan import Plan
     from olive.report import Report
 
-VERIFY = {"level": "verify", "max_kl": "max_kl"}
+VERIFY = {"level": "verify", "max_kl": "max_kl", "tokenizer": "verify_tokenizer"}
 SEARCH = ["sampler", "trials", "time", "workers", "study"]
 
 
