@@ -1,4 +1,4 @@
-"""Write docs/commands.md, docs/passes.md and docs/evaluators.md from the parsers and the fields of the options.
+"""Write docs/commands.md, passes.md, evaluators.md and the JSON schema of workflows from the parsers and the options.
 
     python docs/generate.py
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
 
+from olive import schema
 from olive.cli import COMMANDS
+from olive.cli.describe import WORDS, default_of, limits, one_line, type_of
 from olive.cli.options import Parser
 from olive.config import Config
 from olive.data.spec import DataSpec
@@ -48,7 +48,7 @@ def commands() -> str:
             continue
         seen[module] = name
         parser = parser_of(name)
-        lines += [_line(parser.description or ""), "", "| Flag | Value | Meaning |", "|---|---|---|"]
+        lines += [one_line(parser.description or ""), "", "| Flag | Value | Meaning |", "|---|---|---|"]
         lines += [_row(action) for action in parser._actions if action.dest != "help"]
     return "\n".join(lines) + "\n"
 
@@ -104,7 +104,7 @@ def evaluators() -> str:
 
 def _paragraphs(kind: type) -> Iterator[str]:
     for i, part in enumerate(inspect.cleandoc(kind.__doc__ or "").split("\n\n")):
-        yield from ([""] if i else []) + [_line(part)]
+        yield from ([""] if i else []) + [one_line(part)]
 
 
 def _fields(kind: type[Config]) -> Iterator[str]:
@@ -113,23 +113,13 @@ def _fields(kind: type[Config]) -> Iterator[str]:
         return
     yield from ("| Field | Type | Default | Meaning |", "|---|---|---|---|")
     for name, field in kind.model_fields.items():
-        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        limits = "".join(f", {word} {value}" for word, value in _limits(field.metadata))
-        yield f"| `{name}` | {_type(field.annotation)}{limits} | {default} | {_cell(field.description or '')} |"
+        default = field.get_default(call_default_factory=True)
+        words = "required" if field.is_required() else default_of(default).removesuffix(" by default")
+        kinds = type_of(field.annotation, NAMES) + limits(field.metadata)
+        yield f"| `{name}` | {kinds} | {words} | {_cell(field.description or '')} |"
 
 
-def _limits(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
-    for item in metadata:
-        for attribute, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
-            if getattr(item, attribute, None) is not None:
-                yield word, getattr(item, attribute)
-
-
-NAMES: dict[type, str] = {
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-    str: "text",
+NAMES: dict[type, str] = WORDS | {
     Pass: "pass",
     DataSpec: "[data set](passes.md#data-sets)",
     InputModel: "[input_model](#input_model)",
@@ -141,40 +131,14 @@ NAMES: dict[type, str] = {
 }
 
 
-def _type(kind: Any) -> str:
-    if kind in NAMES:
-        return NAMES[kind]
-    parts = [part for part in get_args(kind) if part is not type(None)]
-    if get_origin(kind) is Literal:
-        return " or ".join(f"`{part}`" for part in parts)
-    if get_origin(kind) is tuple:
-        return f"list of {_type(parts[0])}"
-    if get_origin(kind) is dict:
-        return "options by name"
-    # a union, or a type with annotations that are no types
-    return " or ".join(_type(part) for part in parts if isinstance(part, type) or get_origin(part))
-
-
-def _default(value: Any) -> str:
-    if value is None or value in ((), {}):
-        return "none"
-    if isinstance(value, Config):
-        return "its defaults"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
-
-
-def _line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().replace("``", "`")
-
-
 def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|").replace("*.", "\\*.")
+    return one_line(text).replace("|", "\\|").replace("*.", "\\*.")
 
 
 def pages() -> dict[Path, str]:
     """Return every generated file with its text."""
     texts = {"commands.md": commands(), "passes.md": passes(), "evaluators.md": evaluators()}
-    return {DOCS / name: text for name, text in texts.items()}
+    return {DOCS / name: text for name, text in texts.items()} | {schema.FILE: schema.text()}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from olive import __version__, verify
 from olive.cache import Cache, Entry, check_replaceable, lay, output_lock, swap, sweep
 from olive.errors import PassError
+from olive.estimate import observe, weights
 from olive.evaluate.evaluators import Evaluator
 from olive.goals import Judge, metric_names, source_metrics
 from olive.lock import lock
@@ -23,7 +24,9 @@ from olive.measure import Subject, measure
 from olive.model import FORMAT_VERSION, Model, digests, files, write_manifest
 from olive.passes.base import Context
 from olive.plan import Plan, Step, code_digest, step_digest, version
+from olive.rates import Rates
 from olive.report import Report, StepRecord, all_fallbacks
+from olive.resources import Watch
 from olive.workflow import as_data, without_places
 
 VERIFIED_BY = ("olive.verify", "olive.evaluate", "olive.runtime", "olive.data", "olive.quant", "olive.decoder")
@@ -138,15 +141,22 @@ def _run_step(step: Step, model: Model, input_key: str, plan: Plan, cache: Cache
             note=facts.update,
             progress=progress,
         )
-        result = step.work.run(model, context)
+        began = time.perf_counter()
+        with Watch() as watch:
+            result = step.work.run(model, context)
+        seconds = time.perf_counter() - began
         record = {
             "pass": step.name,
+            "parts": dict(step.parts),
+            "origin": dict(step.origin),
+            "seconds": round(seconds, 3),
             "kind": result.kind,
             "model": result.path.relative_to(out).as_posix(),
             "adapters": {name: path.relative_to(out).as_posix() for name, path in result.adapters.items()},
             "facts": facts,
             "files": digests(out, cache.digest),
         }
+        Rates(cache.root).add(observe(step.work, weights(model), plan.compute_device, seconds, watch.peak))
         return cache.get(step.key) or cache.put(step.key, staged, record)
 
 
@@ -161,15 +171,14 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
     asked = plan.workflow.verify
     if asked.level == "none":
         return {}
-    key = step_digest(
-        {
-            "verify": asked.model_dump(),
-            "model": entry.key,
-            "source": plan.source_key,
-            "code": [code_digest(name) for name in VERIFIED_BY],
-            "versions": [version(name) for name in ("torch", "transformers", "onnxruntime", "onnxruntime-genai")],
-        }
-    )
+    parts = {
+        "verify": asked.model_dump(),
+        "model": entry.key,
+        "source": plan.source_key,
+        "code": {name: code_digest(name) for name in VERIFIED_BY},
+        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime", "onnxruntime-genai")},
+    }
+    key = step_digest(parts)
     known = cache.get(key)
     if known is not None:
         return known.record["facts"]
@@ -193,7 +202,7 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
     progress("verify", 1, 1)
     with cache.lock(key), cache.stage(key) as staged:
         if cache.get(key) is None:
-            cache.put(key, staged, {"pass": "verify", "facts": figures, "files": {}})
+            cache.put(key, staged, {"pass": "verify", "parts": parts, "facts": figures, "files": {}})
     return figures
 
 
