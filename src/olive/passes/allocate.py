@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -238,29 +239,26 @@ class Allocation:
         from olive.quant.allocate import least_loss
 
         table = self._table()
-        smallest = [min(range(len(unit)), key=lambda i, u=unit: u[i].size) for unit in table]
-        number, unit = float(target.rstrip("".join([*UNITS, PER_WEIGHT]))), target.lstrip("0123456789.")
-        if unit == PER_WEIGHT:
-            weights = sum(math.prod(self.shapes[name]) for one in self.units for name in one.linears)
-            chosen = least_loss(table, int(number * weights / 8))
-            if chosen is not None:
-                return chosen
-            lowest = sum(u[i].size for u, i in zip(table, smallest, strict=True)) * 8 / weights
-            raise ConfigError(f"target_size {target}: the smallest settings take {lowest:.3f}bpw; give that or more")
-        size = int(number * UNITS[unit])
-        rest = self._whole(smallest) - sum(u[i].size for u, i in zip(table, smallest, strict=True))
-        while True:
-            chosen = least_loss(table, size - rest)
-            if chosen is None:
-                lowest = self._whole(smallest)
-                raise ConfigError(
-                    f"target_size {target}: the smallest settings take {lowest / 1e6:.3f}MB with all that stays float; "
-                    "give that or more, or quantize lm_head and embeddings too"
-                )
-            over = self._whole(chosen) - size  # config.json names what differs from the common setting
+        smallest = [min(enumerate(one), key=lambda item: item[1].size)[0] for one in table]
+        number, unit = re.findall(r"[\d.]+|\D+", target)
+        per_weight = unit == PER_WEIGHT
+        size = int(float(number) * (self._weights() / 8 if per_weight else UNITS[unit]))
+        measure = self._of_units if per_weight else self._whole
+        rest = measure(smallest) - sum(u[i].size for u, i in zip(table, smallest, strict=True))
+        while (chosen := least_loss(table, size - rest)) is not None:
+            self._check_some(chosen, f"target_size {target}: the float model is not larger")
+            over = measure(chosen) - size  # config.json names what differs from the common setting
             if over <= 0:
                 return chosen
             rest += over
+        lowest = measure(smallest)
+        told = (
+            f"{8 * lowest / self._weights():.3f}bpw"
+            if per_weight
+            else f"{lowest / 1e6:.3f}MB with all that stays float"
+        )
+        more = "" if per_weight else ", or quantize lm_head and embeddings too"
+        raise ConfigError(f"target_size {target}: the smallest settings take {told}; give that or more{more}")
 
     def smallest(self, divergence: float) -> list[int]:
         """Return the smallest choice of settings with a predicted divergence of at most ``divergence``."""
@@ -268,7 +266,14 @@ class Allocation:
 
         chosen = least_size(self._table(), divergence)
         assert chosen is not None  # every unit that is free may stay float
+        self._check_some(chosen, f"kl_budget {self.quantizer.kl_budget}: only the float model keeps it")
         return chosen
+
+    def _check_some(self, chosen: Sequence[int], why: str) -> None:
+        from olive.quant.sensitivity import FLOAT
+
+        if all(list(unit.divergence)[i] == FLOAT for unit, i in zip(self.units, chosen, strict=True)):
+            raise ConfigError(f"{why}; there is nothing to quantize")
 
     def predicted(self, chosen: Sequence[int]) -> float:
         """Return the divergence that is to be expected of a choice."""
@@ -298,7 +303,7 @@ class Allocation:
         change |= {"overrides": overrides, "exclude": tuple(exclude)}
         if self.statistics is not None:
             change |= {"statistics": str(self.statistics), "save_statistics": None, "data": None}
-        elif not self.fitted and not type(q).fitted:
+        elif not q.fitted:
             change["data"] = None
         return q.model_copy(update=change)
 
@@ -324,16 +329,26 @@ class Allocation:
             "budget": budget,
             "size_of": self.quantizer.size_of,
             "bytes": self._whole(chosen),
-            "bits_per_weight": self._bits_per_weight(chosen),
+            "bits_per_weight": 8 * self._of_units(chosen) / self._weights(),
             "predicted_kl": self.predicted(chosen),
             "held_back_rows": len(self.held),
             **figures,
             "units": units,
         }
 
-    def _bits_per_weight(self, chosen: Sequence[int]) -> float:
-        weights = sum(math.prod(self.shapes[name]) for unit in self.units for name in unit.linears)
-        return 8 * sum(u[i].size for u, i in zip(self._table(), chosen, strict=True)) / weights
+    def _counted(self) -> list[int]:
+        """Return which units are quantized weights, not left float by the options."""
+        from olive.quant.sensitivity import FLOAT
+
+        return [number for number, unit in enumerate(self.units) if list(unit.divergence) != [FLOAT]]
+
+    def _weights(self) -> int:
+        return sum(math.prod(self.shapes[name]) for number in self._counted() for name in self.units[number].linears)
+
+    def _of_units(self, chosen: Sequence[int]) -> int:
+        """Return the bytes of the quantized weights alone."""
+        table = self._table()
+        return sum(table[number][chosen[number]].size for number in self._counted())
 
 
 def _read(file: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]] | None:

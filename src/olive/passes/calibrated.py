@@ -20,8 +20,8 @@ from olive.passes.quantizer import Quantizer, float_source
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from olive.quant.formats.writer import CheckpointWriter
     from olive.quant.affine import QuantizedWeight
+    from olive.quant.formats.writer import CheckpointWriter
     from olive.quant.layer import Layer, Results, Rounding
     from olive.quant.sites import Site
     from olive.quant.statistics import SavedStatistics, StatisticsWriter

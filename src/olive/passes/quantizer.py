@@ -185,11 +185,12 @@ class Quantizer(
     def fixed(self, name: str, asked: dict[str, tuple[int, int] | None]) -> str | None:
         """Return the setting of a linear layer or table that the options leave no choice in: it is excluded or has an
         override."""
-        if asked[name] is None:
+        setting = asked[name]
+        if setting is None:
             return "float"
-        return "{}:{}".format(*asked[name]) if self.own_setting(name) else None
+        return f"{setting[0]}:{setting[1]}" if self.own_setting(name) else None
 
-    def rounded(self, weight: Tensor, gram: Tensor | None, group: Any) -> QuantizedWeight:
+    def rounded(self, weight: Tensor, gram: Tensor | None, group: Any) -> QuantizedWeight:  # noqa: ARG002
         """Return a weight [N, K] about as this quantizer would round it, given the Gram matrix [K, K] of its inputs;
         None for a table, which is rounded without data."""
         from olive.quant.kquant import kquant

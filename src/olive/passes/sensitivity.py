@@ -79,9 +79,7 @@ class Sensitivities:
                 layer = Layer(name, block, self.source.dtype(), self.quantizer.symmetric)
                 layer.look(partial(layered.apply, index, block, look), layered.head_dim())
                 if known is not None:
-                    layer.statistics = {
-                        site: known.get(layer.input_name(site), layered.device) for site in layer.sites
-                    }
+                    layer.statistics = {site: known.get(layer.input_name(site), layered.device) for site in layer.sites}
                 else:
                     with layer.watching() as count:
                         layered.advance(index, block, batches, count)
@@ -136,7 +134,9 @@ class Sensitivities:
                 share = statistics.tokens / max(most, 1)  # of an expert: it adds to few tokens
                 gram = statistics.mean_gram()
                 for setting, groups in options.items():
-                    plain_error = _error(round_to_nearest(weight, *groups[linear][:2], symmetric=q.symmetric), weight, gram)
+                    plain_error = _error(
+                        round_to_nearest(weight, *groups[linear][:2], symmetric=q.symmetric), weight, gram
+                    )
                     rough[setting] += share * plain_error
                 for setting in errors:
                     rounded = q.rounded(weight, gram, options[setting][linear])
@@ -215,12 +215,11 @@ def _probes(open_to: Iterable[str]) -> list[str]:
     """Choose what is measured: the probes, or the settings nearest to them."""
     from olive.quant.sensitivity import parts
 
-    def far(setting: str, probe: str) -> float:
-        (b, s), (bits, size) = parts(setting), parts(probe)
-        return 10 * abs(b - bits) + abs(math.log2(s / size))
-
-    known = list(open_to)
-    return list(dict.fromkeys(min(known, key=lambda setting, p=probe: far(setting, p)) for probe in PROBES))
+    known, found = list(open_to), []
+    for bits, size in map(parts, PROBES):
+        far = {s: 10 * abs(parts(s)[0] - bits) + abs(math.log2(parts(s)[1] / size)) for s in known}
+        found.append(min(known, key=far.__getitem__))
+    return list(dict.fromkeys(found))
 
 
 def _evenly(count: int, wanted: int) -> list[int]:

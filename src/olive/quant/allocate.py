@@ -50,7 +50,7 @@ def least_size(units: Units, limit: float) -> list[int] | None:
     table = _Table(units, slack)
     enough = np.flatnonzero(table.best <= limit)
     if not len(enough):  # a sum in another order may miss the limit by rounding
-        return [min(range(len(unit)), key=lambda i, u=unit: (u[i].loss, u[i].size)) for unit in units]
+        return [min(enumerate(unit), key=lambda item: (item[1].loss, item[1].size))[0] for unit in units]
     return _exchange(units, table.choices(int(enough[0])), -1, limit)
 
 

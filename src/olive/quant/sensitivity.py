@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -80,7 +81,7 @@ def interpolate(errors: Mapping[str, float], measured: Mapping[str, float]) -> d
             return points[0][1] + x - points[0][0]
         if x >= points[-1][0]:
             return points[-1][1] + x - points[-1][0]
-        (x0, y0), (x1, y1) = next((a, b) for a, b in zip(points, points[1:], strict=False) if a[0] <= x <= b[0])
+        (x0, y0), (x1, y1) = next((a, b) for a, b in pairwise(points) if a[0] <= x <= b[0])
         return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y0
 
     return {name: math.exp(at(math.log(error + tiny))) for name, error in errors.items()}
@@ -116,7 +117,7 @@ def fill(rough: Mapping[str, float], own: Mapping[str, float]) -> dict[str, floa
     found = {}
     for setting, error in rough.items():
         bits, size = parts(setting)
-        known = sorted(ratios[min(ratios, key=lambda b, bits=bits: abs(b - bits))])
+        known = sorted(min(ratios.items(), key=lambda item: abs(item[0] - bits))[1])
         (x0, y0), (x1, y1) = known[0], known[-1]
         share = min(max((math.log2(size) - x0) / (x1 - x0), 0), 1) if x1 > x0 else 0
         found[setting] = error * math.exp(y0 + (y1 - y0) * share)
