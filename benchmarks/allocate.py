@@ -12,7 +12,7 @@ models are measured, and the solver's choice is compared with the best of those 
 ``predictors``: random mixes of settings, their true divergence on rows that nothing was measured on, and how well sums
 over units predict it: of the output error alone, of the output error weighted by the Fisher information of each
 layer's output (K-FAC: Martens and Grosse, arXiv 1503.05671, 2015), and as Olive does it, of divergences measured for
-two settings of each unit and read off the error for the others. ``sizes``: some targets of one setting.
+some settings of each unit and read off the error for the others. ``sizes``: some targets of one setting.
 
 Windows of 512 tokens, no special tokens, float32, all positions. One markdown row each.
 """
@@ -36,7 +36,7 @@ from olive.cache import Cache
 from olive.engine import run as execute
 from olive.plan import plan
 from olive.quant.allocate import Choice, least_loss
-from olive.quant.sensitivity import interpolate, parts, stored_bytes
+from olive.quant.sensitivity import corners, parts, scale, stored_bytes
 from olive.report import Report
 from olive.runtime.torch_model import load, load_tokenizer
 from olive.workflow import read_workflow
@@ -125,7 +125,8 @@ def read_setting(text: str) -> dict[str, Any]:
 def quantize(args: Any, path: str, folder: Path, step: dict[str, Any]) -> Report:
     """Run one pass into ``folder``/out, without a cache."""
     if step["type"] not in ("rtn", "hqq") or "target_size" in step:
-        data = {"files": [args.calibration], "max_samples": args.windows, "max_seq_len": WINDOW}
+        held_back = 8 if "target_size" in step else 0  # so that all quantizers see as many
+        data = {"files": [args.calibration], "max_samples": args.windows + held_back, "max_seq_len": WINDOW}
         step = step | {"data": data}
     made = {"input_model": {"path": path}, "passes": [step], "output_dir": str(folder / "out")}
     workflow = read_workflow(made | {"compute_device": args.device, "verify": {"level": "files"}})
@@ -136,10 +137,10 @@ def quantize(args: Any, path: str, folder: Path, step: dict[str, Any]) -> Report
 class Text:
     """A text, and the float model's distributions on it."""
 
-    def __init__(self, args: Any, path: str, limit: int | None = None) -> None:
+    def __init__(self, args: Any, path: str) -> None:
         self.device = args.device
         tokenizer = load_tokenizer(Path(path))
-        self.ids = windows(tokenizer, args.text, limit or args.tokens).to(args.device)
+        self.ids = windows(tokenizer, args.text, args.tokens).to(args.device)
         self.model = load(Path(path), device=args.device).requires_grad_(False)
         self.expected = list(self.logits(self.model))
 
@@ -147,7 +148,7 @@ class Text:
     def logits(self, model: Any) -> Iterator[torch.Tensor]:
         """Yield the log-probabilities of some windows at a time."""
         torch.set_float32_matmul_precision("highest")  # on a GPU the quantizers lower it
-        for rows in self.ids.split(4):
+        for rows in self.ids.split(16):
             yield torch.log_softmax(model(input_ids=rows, use_cache=False).logits.float(), -1)
 
     def divergence(self, model: Any) -> float:
@@ -159,7 +160,7 @@ class Text:
     def compare(self, folder: Path) -> dict[str, float]:
         """Return the KL divergence, the perplexity and the top-1 agreement of a checkpoint."""
         model, loss, same = load(folder, device=self.device), 0.0, 0
-        for ids, p, q in zip(self.ids.split(4), self.expected, self.logits(model), strict=True):
+        for ids, p, q in zip(self.ids.split(16), self.expected, self.logits(model), strict=True):
             loss -= float(q[:, :-1].gather(-1, ids[:, 1:, None]).double().sum())
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
         count = len(self.ids) * (WINDOW - 1)
@@ -178,7 +179,7 @@ def windows(tokenizer: Any, path: str, limit: int) -> torch.Tensor:
 def exhaustive(args: Any) -> None:
     """Measure all choices of three settings for 8 units, and the solver's."""
     (path,) = args.model
-    text = Text(args, path, 2048)
+    text = Text(args, path)
     with tempfile.TemporaryDirectory() as folder:
         report = quantize(args, path, Path(folder), {"type": "rtn", "target_size": "4bpw"})
     units = report.steps[0].facts["allocation"]["units"]
@@ -280,11 +281,11 @@ def _predictors(args: Any, path: str) -> None:
     read_off: dict[tuple[str, str], float] = {}
     for unit in units:
         measured = {}
-        for probe in ("4:256", "2:32"):
+        for probe in corners(MIXED):
             put(unit, probe)
             measured[probe] = judge.of(model)
         put(unit, None)
-        found = interpolate({s: error["output error"][unit, s] for s in MIXED}, measured)
+        found = scale({s: error["output error"][unit, s] for s in MIXED}, measured)
         read_off |= {(unit, setting): value for setting, value in found.items()}
     judge = _Divergence(model, held)
     rng = random.Random(0)
@@ -304,12 +305,17 @@ def _predictors(args: Any, path: str) -> None:
                 args.rounding,
                 told,
                 name,
-                f"{statistics.correlation(guess, true, method='ranked'):.3f}",
+                f"{statistics.correlation(_ranks(guess), _ranks(true)):.3f}",
             ]
             cells += [f"{statistics.pstdev(ratio):.3f}", f"{math.exp(statistics.mean(ratio)):.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
         for unit in units:
             put(unit, None)
+
+
+def _ranks(values: list[float]) -> list[float]:
+    order = sorted(values)
+    return [float(order.index(value)) for value in values]
 
 
 class _Divergence:

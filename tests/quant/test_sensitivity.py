@@ -10,7 +10,7 @@ import torch
 from olive.quant.affine import round_to_nearest
 from olive.quant.formats import FORMATS
 from olive.quant.formats.layout import Grouping
-from olive.quant.sensitivity import corners, fill, interpolate, runtime_bytes, settings, split_units, stored_bytes
+from olive.quant.sensitivity import corners, runtime_bytes, scale, settings, split_units, stored_bytes
 from olive.quant.sites import Site
 
 
@@ -59,20 +59,11 @@ def test_units_are_what_reads_one_input_and_all_experts() -> None:
     ]
 
 
-def test_divergence_follows_the_error_between_and_beyond_what_was_measured() -> None:
-    errors = {"a": 0.5, "b": 1.0, "c": 10.0, "d": 100.0, "e": 1000.0}
-    found = interpolate(errors, {"b": 0.01, "d": 0.25})
-    slope = math.log(0.25 / 0.01) / math.log(100.0)  # a power law between the two
-    assert found == pytest.approx({"a": 0.005, "b": 0.01, "c": 0.01 * 10**slope, "d": 0.25, "e": 2.5})
-    assert interpolate(errors, {"b": 0.01})["e"] == pytest.approx(10.0)
-    assert interpolate({"a": 0.0, "b": 0.0}, {"a": 0.0}) == pytest.approx({"a": 0.0, "b": 0.0}, abs=1e-20)
-
-
-def test_errors_of_the_other_settings_keep_the_ratio_of_the_corners() -> None:
+def test_the_other_settings_keep_the_ratio_of_the_corners() -> None:
     rough = {f"{bits}:{size}": 4.0**-bits * size for bits in (2, 4, 8) for size in (32, 64, 128)}
     ratio = {"2:32": 0.5, "2:128": 0.25, "4:32": 0.8, "4:128": 0.8}
     assert corners(rough) == list(ratio)
-    found = fill(rough, {name: rough[name] * share for name, share in ratio.items()})
+    found = scale(rough, {name: rough[name] * share for name, share in ratio.items()})
     expected = ratio | {"2:64": math.sqrt(0.5 * 0.25), "4:64": 0.8, "8:32": 0.8, "8:64": 0.8, "8:128": 0.8}
     assert {name: found[name] / rough[name] for name in rough} == pytest.approx(expected)
 

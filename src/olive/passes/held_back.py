@@ -55,6 +55,6 @@ class HeldBack:
         quality = Quality()
         found = checkpoint_logits(replace(model, trust_remote_code=self.trust), self.ids, self.device)
         for row, (want, got) in enumerate(zip(self.expected, found, strict=True)):
-            quality.add(want, got.cpu(), self.ids[row : row + 1])
+            quality.add(want.to(got.device), got, self.ids[row : row + 1].to(got.device))
         figures = quality.figures()
         return {name: figures[name] for name in ("perplexity_source", "perplexity", "kl_divergence", "top1_agreement")}

@@ -7,7 +7,7 @@ one unit rounded, for each unit. A copy differs from where its unit lies, so it 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from olive.quant.statistics import SavedStatistics
     from olive.runtime.layers import Batch
 
-PROBES = ("4:256", "2:32")
-"""Settings whose divergence is measured; where a unit cannot have them, the nearest that it can."""
-PROBE_ROWS = 4
+PROBE_ROWS = {"cpu": 8, "cuda": 16}
 """Rows that are compared, at most."""
-WAITING = 2 << 30
-"""Bytes that the copies of the probe rows may take; fewer rows are compared if need be."""
+FEW_ROWS = 4
+"""Where there is no room for so many rows, fewer settings are measured."""
+WAITING = 4 << 30
+"""Bytes that the copies of the probe rows may take."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Sensitivities:
         from olive.quant.statistics import StatisticsWriter
 
         layered = self.layered
-        few = ids[_evenly(len(ids), self._probe_rows(ids))]
+        few, self.thrifty = self._probe_rows(ids)
         look = layered.start(ids[:1, :16], 1)[0]
         batches = layered.start(ids, rows_per_batch(self.ctx, ids)) if known is None else []
         plain = layered.start(few, 1)
@@ -94,14 +94,17 @@ class Sensitivities:
                 self.ctx.progress("sensitivity", index + 1, len(layered.blocks))
         return self._units(few, plain)
 
-    def _probe_rows(self, ids: Tensor) -> int:
-        """Return how many rows can be compared."""
+    def _probe_rows(self, ids: Tensor) -> tuple[Tensor, bool]:
+        """Return the rows that are compared, evenly taken, and whether there is room for half of the probes only."""
         from olive.passes.held_back import KEPT_LOGITS, vocabulary
 
-        config = self.meta.config.get_text_config()
-        copies = 4 * len(self.layered.blocks) * len(PROBES) + 1
-        room = WAITING // (copies * ids.shape[1] * config.hidden_size * 4)
-        return max(1, min(PROBE_ROWS, len(ids), room, KEPT_LOGITS // (vocabulary(self.model) * ids.shape[1])))
+        most = min(PROBE_ROWS[self.ctx.compute_device], len(ids))
+        most = min(most, KEPT_LOGITS // (vocabulary(self.model) * ids.shape[1]))
+        copies = 4 * 6 * len(self.layered.blocks)  # of four units in a layer, two group sizes of 2, 3 and 4 bits
+        room = WAITING // (copies * ids.shape[1] * self.meta.config.get_text_config().hidden_size * 4)
+        thrifty = room < min(FEW_ROWS, most)
+        count = max(1, min(most, 2 * room if thrifty else room))
+        return ids[[(2 * i + 1) * len(ids) // (2 * count) for i in range(count)]], thrifty
 
     def _settings(self, linears: tuple[str, ...]) -> dict[str, Any]:
         """Return what each setting that is open to some modules means for each of them."""
@@ -113,7 +116,7 @@ class Sensitivities:
     def _round(self, index: int, layer: Layer, plain: list[Batch]) -> None:
         """Begin copies of the probe rows for the units of a layer, and note the errors of all their settings."""
         from olive.quant.affine import round_to_nearest
-        from olive.quant.sensitivity import corners, fill, split_units
+        from olive.quant.sensitivity import corners, scale, split_units
 
         q = self.quantizer
         own = {name: q.fixed(name, self.asked) for name in self.shapes if name.startswith(f"{layer.name}.")}
@@ -126,7 +129,7 @@ class Sensitivities:
             if fixed is not None or not options:
                 continue
             rough, errors = dict.fromkeys(options, 0.0), dict.fromkeys(corners(options), 0.0)
-            probes = _probes(errors)
+            probes = list(errors)[1::2] if self.thrifty and len(errors) > 1 else list(errors)
             changed: dict[str, dict[str, Tensor]] = {probe: {} for probe in probes}
             for linear in linears:
                 own_name = linear.removeprefix(f"{layer.name}.")
@@ -143,7 +146,7 @@ class Sensitivities:
                     errors[setting] += share * _error(rounded, weight, gram)
                     if setting in changed:
                         changed[setting][own_name] = rounded.dequantize()
-            self.copies.errors[unit] = fill(rough, errors)
+            self.copies.errors[unit] = scale(rough, errors)
             self.copies.rows[unit] = {}
             for probe in probes:
                 with _replaced(layer.block, changed[probe]):
@@ -183,9 +186,9 @@ class Sensitivities:
 
     def _units(self, few: Tensor, plain: list[Batch]) -> list[Unit]:
         """Compare the copies with the plain rows."""
-        from olive.quant.sensitivity import FLOAT, Unit, interpolate
+        from olive.quant.sensitivity import FLOAT, Unit, scale
 
-        expected = [self.layered.logits(batch).cpu() for batch in plain]
+        expected = [self.layered.logits(batch) for batch in plain]
         units = []
         for unit, linears in self.copies.linears.items():
             measured: dict[str, float] = {}
@@ -197,7 +200,7 @@ class Sensitivities:
                 raise PassError(f"{unit}: rounded alone, it gives NaN or infinity on the calibration data")
             found: Mapping[str, float] = measured
             if unit in self.copies.errors:
-                found = interpolate(self.copies.errors[unit], measured)
+                found = scale(self.copies.errors[unit], measured)
             fixed = self.quantizer.fixed(unit, self.asked)
             units.append(Unit(unit, linears, {fixed: 0.0} if fixed else {**found, FLOAT: 0.0}))
         return units
@@ -205,26 +208,10 @@ class Sensitivities:
     def _divergence(self, ids: Tensor, expected: list[Tensor], rows: list[Batch]) -> float:
         from olive.evaluate.quality import Quality
 
-        quality = Quality()
+        quality, ids = Quality(), ids.to(self.layered.device)
         for row, (want, batch) in enumerate(zip(expected, rows, strict=True)):
-            quality.add(want, self.layered.logits(batch).cpu(), ids[row : row + 1])
+            quality.add(want, self.layered.logits(batch), ids[row : row + 1])
         return quality.figures()["kl_divergence"]
-
-
-def _probes(open_to: Iterable[str]) -> list[str]:
-    """Choose what is measured: the probes, or the settings nearest to them."""
-    from olive.quant.sensitivity import parts
-
-    known, found = list(open_to), []
-    for bits, size in map(parts, PROBES):
-        far = {s: 10 * abs(parts(s)[0] - bits) + abs(math.log2(parts(s)[1] / size)) for s in known}
-        found.append(min(known, key=far.__getitem__))
-    return list(dict.fromkeys(found))
-
-
-def _evenly(count: int, wanted: int) -> list[int]:
-    """Take ``wanted`` of ``count`` rows, spread evenly."""
-    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
 def _error(rounded: QuantizedWeight, weight: Tensor, gram: Tensor) -> float:

@@ -1,9 +1,10 @@
 """Units that get one setting each, what each setting would do to the model, and what it takes to store.
 
-The divergence of a model from its source is, for small changes of its weights, a sum over units; and for one unit it
-grows as the error that rounding makes in the unit's output, tr(dW G dW^T) for weights dW and the inputs' Gram matrix G.
-So the divergence is measured for a few settings of each unit, and read off the error for the others; and the error of
-the quantizer's own rounding is measured for a few, and read off that of rounding to nearest for the others.
+The divergence of a model from its source is, for small changes of its weights, about a sum over units; and for one
+unit it grows as the error that rounding makes in the unit's output, tr(dW G dW^T) for a change dW of its weights and
+the Gram matrix G of its inputs. So the divergence is measured for the smallest and the largest groups of each width
+(the corners), rounded as the quantizer does it, and read off the error for the others: that of rounding to nearest,
+whose ratio to the quantizer's own changes little.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 
@@ -67,26 +67,6 @@ def settings(shapes: Shapes, method: str, bits: Sequence[int]) -> dict[str, dict
     return found
 
 
-def interpolate(errors: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
-    """Return the divergence of each setting from its error and the divergences that were ``measured`` for some.
-
-    In the logarithms of both it is a line through the measured points; beyond them divergence grows as the error does,
-    which is what it does for small changes.
-    """
-    tiny = 1e-30
-    points = sorted((math.log(errors[name] + tiny), math.log(value + tiny)) for name, value in measured.items())
-
-    def at(x: float) -> float:
-        if x <= points[0][0]:
-            return points[0][1] + x - points[0][0]
-        if x >= points[-1][0]:
-            return points[-1][1] + x - points[-1][0]
-        (x0, y0), (x1, y1) = next((a, b) for a, b in pairwise(points) if a[0] <= x <= b[0])
-        return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y0
-
-    return {name: math.exp(at(math.log(error + tiny))) for name, error in errors.items()}
-
-
 def corners(options: Iterable[str]) -> list[str]:
     """Return the settings whose error is worth the algorithm's own rounding: of each width below 8 bits, the smallest
     and the largest groups. What 8 bits add is so little that their errors need not be exact."""
@@ -103,24 +83,24 @@ def parts(setting: str) -> tuple[int, int]:
     return int(bits), int(size)
 
 
-def fill(rough: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
-    """Return the error of each setting from those of another rounding, ``rough``, and some of the algorithm's ``own``.
+def scale(rough: Mapping[str, float], known: Mapping[str, float]) -> dict[str, float]:
+    """Return a figure for each setting from a proportional one, ``rough``, and the true one that is ``known`` for some.
 
     The ratio of the two changes little. Between the group sizes of one width it is interpolated in their logarithms;
-    for a width that ``own`` lacks, the nearest counts.
+    for a width of which nothing is known, the nearest counts.
     """
     tiny = 1e-30
     ratios: dict[int, list[tuple[float, float]]] = {}
-    for setting, error in own.items():
+    for setting, value in known.items():
         bits, size = parts(setting)
-        ratios.setdefault(bits, []).append((math.log2(size), math.log((error + tiny) / (rough[setting] + tiny))))
+        ratios.setdefault(bits, []).append((math.log2(size), math.log((value + tiny) / (rough[setting] + tiny))))
     found = {}
-    for setting, error in rough.items():
+    for setting, value in rough.items():
         bits, size = parts(setting)
-        known = sorted(min(ratios.items(), key=lambda item: abs(item[0] - bits))[1])
-        (x0, y0), (x1, y1) = known[0], known[-1]
+        points = sorted(min(ratios.items(), key=lambda item: abs(item[0] - bits))[1])
+        (x0, y0), (x1, y1) = points[0], points[-1]
         share = min(max((math.log2(size) - x0) / (x1 - x0), 0), 1) if x1 > x0 else 0
-        found[setting] = error * math.exp(y0 + (y1 - y0) * share)
+        found[setting] = value * math.exp(y0 + (y1 - y0) * share)
     return found
 
 
