@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olive.data.spec import DataSpec
 from olive.errors import ConfigError, PassError
 from olive.model import Model
 from olive.passes.base import Context
-from olive.passes.calibrated import Calibrated, calibration_windows, gather
-from olive.passes.held_back import ROWS, HeldBack, hold_back
+from olive.passes.held_back import HeldBack
+from olive.passes.measured import Measured
 from olive.passes.quantizer import BUDGET, PER_WEIGHT, UNITS, Quantizer, float_source
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from olive.quant.sensitivity import Unit
-    from olive.quant.statistics import SavedStatistics
 
 AIMS = (1.0, 0.98, 0.95, 0.9)
 """Shares of kl_budget that the tries aim at: the first goes by the prediction, the others by what the last one gave."""
@@ -36,7 +30,7 @@ CLOSE = 0.95
 def allocate(quantizer: Quantizer, model: Model, ctx: Context) -> Model:
     """Measure sensitivities, choose settings, quantize with them, and measure the result on held-back rows."""
     work = Allocation(quantizer, model, ctx)
-    judge = HeldBack(model, work.held, ctx.compute_device)
+    judge = HeldBack(model, work.measured.held, ctx.compute_device)
     if quantizer.target_size is not None:
         chosen = work.within(quantizer.target_size)
         facts: dict[str, Any] = {}
@@ -105,77 +99,9 @@ class Allocation:
         self.quantizer, self.model, self.ctx = quantizer, model, ctx
         self.source, self.meta = float_source(model)
         self.shapes, self.asked = quantizer.asked(self.meta)
-        self.fitted = isinstance(quantizer, Calibrated) and quantizer.looks
-        self.statistics: Path | None = None
-        self.units = self._measured()
+        self.measured = Measured(quantizer, model, ctx)
+        self.units = self.measured.units
         self.groups = [self._groups(unit) for unit in self.units]
-
-    # What is measured, or read from an earlier run
-
-    def _measured(self) -> list[Unit]:
-        from olive.passes.sensitivity import Sensitivities
-        from olive.quant.sensitivity import Unit
-        from olive.quant.statistics import StatisticsWriter
-
-        work = Sensitivities(self.quantizer, self.model, self.ctx)
-        known = self._known(work.identity)
-        ids = self._rows(known)
-        file = self.ctx.scratch / "sensitivities.json"
-        if self.quantizer.sensitivities is not None:
-            file = Path(self.quantizer.sensitivities)
-        folder = self._folder()
-        found = _read(file, self._identity(ids))
-        if found is None:
-            units = work.measure(ids, known, folder if folder and not folder.exists() else None)
-            _write(file, self._identity(ids), units)
-            return units
-        if folder and not folder.exists():
-            if isinstance(self.quantizer, Calibrated) and self.quantizer.sequential:  # it needs the rows alone
-                with StatisticsWriter(folder, work.identity, ids):
-                    pass
-            else:
-                gather(self.model, self.ctx, ids, folder)
-        return [Unit(u["name"], tuple(u["linears"]), u["divergence"]) for u in found]
-
-    def _known(self, identity: Mapping[str, str]) -> SavedStatistics | None:
-        from olive.quant.statistics import SavedStatistics
-
-        given = getattr(self.quantizer, "statistics", None)
-        return SavedStatistics(Path(given), identity) if given is not None else None
-
-    def _rows(self, known: SavedStatistics | None) -> Tensor:
-        """Return the calibration rows; others are held back. Saved statistics are of all their rows, so that those
-        that are held back are of another text."""
-        if known is None:
-            data = self.quantizer.data or DataSpec()
-            why = "target_size" if self.quantizer.target_size else "kl_budget"
-            ids, self.held = hold_back(self.model, calibration_windows(data, self.model), why)
-            return ids
-        from olive.data.rows import heldout_text
-        from olive.data.samples import text_windows
-        from olive.runtime.torch_model import load_tokenizer
-
-        tokenizer = load_tokenizer(self.model.path, self.model.trust_remote_code)
-        self.held = text_windows(heldout_text(), tokenizer, known.ids.shape[1], ROWS)
-        return known.ids
-
-    def _folder(self) -> Path | None:
-        """Return where statistics go for the quantizer that follows, if it looks at some and none are given."""
-        if not self.fitted or getattr(self.quantizer, "statistics", None) is not None:
-            return None
-        kept = getattr(self.quantizer, "save_statistics", None)
-        self.statistics = Path(kept) if kept is not None else self.ctx.scratch / "statistics"
-        return self.statistics
-
-    def _identity(self, ids: Tensor) -> dict[str, Any]:
-        """Return what sensitivities depend on."""
-        irrelevant = {*BUDGET, "bits", "data", "statistics", "save_statistics"}
-        return {
-            "model": self.ctx.input_key,
-            "quantizer": type(self.quantizer).__name__.lower(),
-            "options": self.quantizer.model_dump(mode="json", exclude=irrelevant),
-            "rows": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        }
 
     # What settings cost
 
@@ -301,8 +227,8 @@ class Allocation:
             else:
                 change |= self._float_table(name)
         change |= {"overrides": overrides, "exclude": tuple(exclude)}
-        if self.statistics is not None:
-            change |= {"statistics": str(self.statistics), "save_statistics": None, "data": None}
+        if self.measured.statistics is not None:
+            change |= {"statistics": str(self.measured.statistics), "save_statistics": None, "data": None}
         elif not q.fitted:
             change["data"] = None
         return q.model_copy(update=change)
@@ -331,7 +257,7 @@ class Allocation:
             "bytes": self._whole(chosen),
             "bits_per_weight": 8 * self._of_units(chosen) / self._weights(),
             "predicted_kl": self.predicted(chosen),
-            "held_back_rows": len(self.held),
+            "held_back_rows": len(self.measured.held),
             **figures,
             "units": units,
         }
@@ -349,29 +275,3 @@ class Allocation:
         """Return the bytes of the quantized weights alone."""
         table = self._table()
         return sum(table[number][chosen[number]].size for number in self._counted())
-
-
-def _read(file: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Read sensitivities; None if there are none yet."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != "olive-sensitivities":
-        raise ConfigError(f"sensitivities {file}: not a file of sensitivities; give another name, or remove it")
-    differing = sorted(name for name, value in identity.items() if found["identity"].get(name) != value)
-    if differing:
-        raise ConfigError(
-            f"sensitivities {file}: measured with another {' and '.join(differing)}; give another file, or remove it"
-        )
-    return list(found["units"])
-
-
-def _write(file: Path, identity: Mapping[str, Any], units: Sequence[Unit]) -> None:
-    text = json.dumps({"format": "olive-sensitivities", "identity": identity, "units": [asdict(u) for u in units]})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_name(f".{file.name}.new")
-    staged.write_text(text + "\n", encoding="utf-8")
-    staged.replace(file)

@@ -29,7 +29,8 @@ PER_WEIGHT = "bpw"
 BUDGET = ("target_size", "kl_budget", "size_of", "sensitivities")
 """The options that ask for an allocation of bits."""
 ALLOCATION = (
-    "olive.passes.allocate", "olive.passes.held_back", "olive.passes.sensitivity", "olive.passes.calibrated",
+    "olive.passes.allocate", "olive.passes.held_back", "olive.passes.measured", "olive.passes.sensitivity",
+    "olive.passes.calibrated",
     "olive.quant.allocate", "olive.quant.sensitivity", "olive.quant.layer", "olive.quant.sites",
     "olive.quant.statistics", "olive.evaluate", "olive.data",
 )  # fmt: skip

@@ -115,42 +115,48 @@ class Sensitivities:
 
     def _round(self, index: int, layer: Layer, plain: list[Batch]) -> None:
         """Begin copies of the probe rows for the units of a layer, and note the errors of all their settings."""
-        from olive.quant.affine import round_to_nearest
-        from olive.quant.sensitivity import corners, scale, split_units
+        from olive.quant.sensitivity import split_units
 
         q = self.quantizer
         own = {name: q.fixed(name, self.asked) for name in self.shapes if name.startswith(f"{layer.name}.")}
-        site_of = {f"{layer.name}.{name}": site for site in layer.sites for name in site.linears}
-        most = max((s.tokens for s in layer.statistics.values()), default=0)
         for linears in split_units(layer.name, layer.sites, own):
             options = self._settings(linears)
             unit, fixed = linears[0], own[linears[0]]
             self.copies.linears[unit] = linears
             if fixed is not None or not options:
                 continue
-            rough, errors = dict.fromkeys(options, 0.0), dict.fromkeys(corners(options), 0.0)
-            probes = list(errors)[1::2] if self.thrifty and len(errors) > 1 else list(errors)
-            changed: dict[str, dict[str, Tensor]] = {probe: {} for probe in probes}
-            for linear in linears:
-                own_name = linear.removeprefix(f"{layer.name}.")
-                weight, statistics = layer.weight(own_name).float(), layer.statistics[site_of[linear]]
-                share = statistics.tokens / max(most, 1)  # of an expert: it adds to few tokens
-                gram = statistics.mean_gram()
-                for setting, groups in options.items():
-                    plain_error = _error(
-                        round_to_nearest(weight, *groups[linear][:2], symmetric=q.symmetric), weight, gram
-                    )
-                    rough[setting] += share * plain_error
-                for setting in errors:
-                    rounded = q.rounded(weight, gram, options[setting][linear])
-                    errors[setting] += share * _error(rounded, weight, gram)
-                    if setting in changed:
-                        changed[setting][own_name] = rounded.dequantize()
-            self.copies.errors[unit] = scale(rough, errors)
+            errors, changed = self._errors(layer, linears, options)
+            self.copies.errors[unit] = errors
             self.copies.rows[unit] = {}
-            for probe in probes:
-                with _replaced(layer.block, changed[probe]):
+            for probe, weights in changed.items():
+                with _replaced(layer.block, weights):
                     self.copies.rows[unit][probe] = self._through(index, layer.block, plain)
+
+    def _errors(
+        self, layer: Layer, linears: tuple[str, ...], options: Mapping[str, Any]
+    ) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
+        """Return the error of every setting, and the weights as they are with those that are to be measured."""
+        from olive.quant.affine import round_to_nearest
+        from olive.quant.sensitivity import corners, parts, scale
+
+        site_of = {name: site for site in layer.sites for name in site.linears}
+        most = max(s.tokens for s in layer.statistics.values())
+        rough, errors = dict.fromkeys(options, 0.0), dict.fromkeys(corners(options), 0.0)
+        largest = {parts(setting)[0]: setting for setting in errors}  # groups grow within a width
+        changed: dict[str, dict[str, Tensor]] = {s: {} for s in (largest.values() if self.thrifty else errors)}
+        for linear in linears:
+            name = linear.removeprefix(f"{layer.name}.")
+            weight, statistics = layer.weight(name).float(), layer.statistics[site_of[name]]
+            gram, share = statistics.mean_gram(), statistics.tokens / max(most, 1)  # an expert adds to few tokens
+            for setting, groups in options.items():
+                nearest = round_to_nearest(weight, *groups[linear][:2], symmetric=self.quantizer.symmetric)
+                rough[setting] += share * _error(nearest, weight, gram)
+            for setting in errors:
+                rounded = self.quantizer.rounded(weight, gram, options[setting][linear])
+                errors[setting] += share * _error(rounded, weight, gram)
+                if setting in changed:
+                    changed[setting][name] = rounded.dequantize()
+        return scale(rough, errors), changed
 
     def _through(self, index: int, block: nn.Module, rows: list[Batch]) -> list[Batch]:
         from olive.runtime.layers import Batch
