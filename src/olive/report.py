@@ -78,6 +78,7 @@ class Report:
             if len(fallbacks) > 4:
                 yield f"{'':<12} and {len(fallbacks) - 4} more linear layers; the report lists them"
             yield from _candidates(step.facts.get("candidates") or [], step.facts.get("picked"))
+            yield from _allocation(step.facts.get("allocation"))
             for name in ("held_back_loss_before", "held_back_loss_after", "warning"):
                 if name in step.facts:
                     value = step.facts[name]
@@ -156,6 +157,19 @@ def _candidates(rows: list[dict[str, Any]], picked: str | None) -> Iterator[str]
             continue
         figures = f"{row['perplexity']:>11.3f} {row['kl_divergence']:>9.5f} {row['top1_agreement']:>7.4f}"
         yield f"{name} {figures} {row['bytes'] / 1e6:>8.1f} {row['seconds']:>8.1f}"
+
+
+def _allocation(facts: dict[str, Any] | None) -> Iterator[str]:
+    if not facts:
+        return
+    counts = Counter(unit["setting"] for unit in facts["units"].values())
+    told = ", ".join(f"{setting} x {count}" for setting, count in sorted(counts.items()))
+    yield f"{'':<12} bits:group size by unit: {told}"
+    yield (
+        f"{'':<12} {facts['bits_per_weight']:.3f} bits per weight, {facts['bytes'] / 1e6:.3f} MB ({facts['size_of']}); "
+        f"KL {facts['kl_divergence']:.4g} on {facts['held_back_rows']} held-back rows, predicted "
+        f"{facts['predicted_kl']:.4g}"
+    )
 
 
 def _figures(label: str, figures: dict[str, Any]) -> Iterator[str]:
