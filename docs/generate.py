@@ -19,12 +19,13 @@ from olive.cli.describe import WORDS, default_of, limits, one_line, type_of
 from olive.cli.options import Parser
 from olive.config import Config
 from olive.data.spec import DataSpec
-from olive.evaluate.evaluators import EVALUATORS, evaluator_class
+from olive.evaluate.evaluators import EVALUATORS, Evaluator, evaluator_class
 from olive.evaluate.metrics import METRICS
+from olive.goals import Goal
 from olive.passes import PASSES, pass_class
 from olive.passes.base import Pass
 from olive.target import Target
-from olive.workflow import InputModel, Verification, Workflow
+from olive.workflow import InputModel, Search, Verification, Workflow
 
 DOCS = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py; edit the sources, then run it again. -->"
@@ -78,6 +79,8 @@ def passes() -> str:
         ("input_model", InputModel),
         ("target", Target),
         ("verify", Verification),
+        ("goals", Goal),
+        ("search", Search),
     ):
         lines += ["", f"## {title}", "", *_paragraphs(kind), "", *_fields(kind)]
     return "\n".join(lines) + "\n"
@@ -122,6 +125,9 @@ NAMES: dict[type, str] = WORDS | {
     InputModel: "[input_model](#input_model)",
     Target: "[target](#target)",
     Verification: "[verify](#verify)",
+    Goal: "[goal](#goals)",
+    Search: "[search](#search)",
+    Evaluator: "evaluator",
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "olive"
 LAYERS = [
-    {"errors"},
+    {"errors", "machine"},
     {"config", "model", "resources", "rates"},
     {"target", "quant", "shared"},
     {"data", "cache", "remote", "recipes", "compat"},
@@ -19,9 +19,14 @@ LAYERS = [
     {"evaluate", "lineage"},
     {"train", "decoder"},
     {"passes"},
+    {"goals"},
     {"workflow", "estimate"},
     {"plan", "report", "verify", "assign", "schema"},
+    {"measure"},
+    {"lock"},
     {"engine", "fits"},
+    {"search"},
+    {"html"},
     {"cli"},
     {"__main__"},
 ]

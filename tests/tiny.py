@@ -66,6 +66,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "smollm3": {"num_hidden_layers": 4},
     "stablelm": {"hidden_size": 256},
+    "starcoder2": {"sliding_window": 16},
 }  # fmt: skip
 """What each family that olive builds needs besides SIZES, with windows that a short text crosses."""
 

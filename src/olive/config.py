@@ -9,9 +9,9 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from olive.errors import ConfigError, did_you_mean
 
@@ -35,6 +35,35 @@ def parse(cls: type[C], data: Any, where: str) -> C:
     except ValidationError as error:
         lines = [_say(cls, item, where) for item in error.errors()]
     raise ConfigError("\n".join(lines))
+
+
+def mistakes(cls: type[Config], data: dict[str, Any], where: str) -> list[tuple[tuple[int | str, ...], str]]:
+    """Return each mistake that :func:`parse` would report, with the path of its field; options that fit one by one
+    but not together have the path of what holds them, often ``()``."""
+    try:
+        cls.model_validate(data)
+    except ValidationError as error:
+        return [(item["loc"], _say(cls, item, where)) for item in error.errors()]
+    return []
+
+
+def seconds(time: str) -> float:
+    """Return the seconds of a time as in 90s, 10m or 2h.
+
+    >>> seconds("1.5m")
+    90.0
+    """
+    return float(time[:-1]) * {"s": 1, "m": 60, "h": 3600}[time[-1]]
+
+
+def _a_time(value: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?[smh]", value):
+        raise ValueError("give a number and a unit, as in 90s, 10m or 2h")
+    return value
+
+
+Time = Annotated[str, AfterValidator(_a_time)]
+"""A time to spend, as in 90s, 10m or 2h."""
 
 
 def _say(cls: type[BaseModel], item: Any, where: str) -> str:

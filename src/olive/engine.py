@@ -8,6 +8,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from olive import __version__, verify
 from olive.cache import Cache, Entry, check_replaceable, lay, output_lock, swap, sweep
 from olive.errors import PassError
 from olive.estimate import observe, weights
+from olive.evaluate.evaluators import Evaluator
+from olive.goals import Judge, metric_names, source_metrics
+from olive.lock import lock
+from olive.measure import Subject, measure
 from olive.model import FORMAT_VERSION, Model, digests, files, write_manifest
 from olive.passes.base import Context
 from olive.plan import Plan, Step, code_digest, step_digest, version
@@ -27,10 +33,29 @@ VERIFIED_BY = ("olive.verify", "olive.evaluate", "olive.runtime", "olive.data", 
 Progress = Callable[[str, int, int], None]
 
 
-def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress = lambda *_: None) -> Report:
-    """Run the plan's steps; the output folder appears, or is replaced, only when everything has succeeded."""
-    began = time.perf_counter()
-    report = Report(as_data(plan.workflow), str(plan.output), source_bytes=_size(plan.source.path))
+@dataclass(frozen=True)
+class Made:
+    """The steps of a plan, done; the result lies in the cache."""
+
+    model: Model
+    before: Model
+    """The input of the last step."""
+    entry: Entry
+    report: Report
+
+    def key(self) -> str:
+        """Return the key of the result."""
+        return self.entry.key
+
+
+def make(plan: Plan, cache: Cache, progress: Progress = lambda *_: None) -> Made:
+    """Run the plan's steps, or take them from the cache; nothing is laid out."""
+    report = Report(
+        as_data(plan.workflow),
+        str(plan.output),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        source_bytes=_size(plan.source.path),
+    )
     model, before = plan.source, plan.source
     entry: Entry | None = None
     input_key = plan.source_key
@@ -43,15 +68,62 @@ def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress
                 entry = _run_step(step, model, input_key, plan, cache, progress)
         before, input_key, model = model, step.key, _open(entry, plan.source.trust_remote_code)
         seconds = time.perf_counter() - started
-        report.steps.append(StepRecord(step.name, step.key, cached, seconds, entry.record["facts"]))
+        facts = entry.record["facts"]
+        report.steps.append(StepRecord(step.name, step.key, cached, seconds, facts, _reason(step, cached)))
     assert entry is not None  # a workflow has at least one pass
-    report.verification = _verify(plan, entry, model, before, cache, progress)
-    manifest = _manifest(plan, entry, report)
+    return Made(model, before, entry, report)
+
+
+def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress = lambda *_: None) -> Report:
+    """Run the plan's steps, verify and measure; the output folder appears, or is replaced, only when everything has
+    succeeded."""
+    began = time.perf_counter()
+    made = make(plan, cache, progress)
+    report = made.report
+    report.verification = _verify(plan, made.entry, made.model, made.before, cache, progress)
+    _measure(plan, made, cache, progress)
+    manifest = _manifest(plan, made.entry, report)
     with _disk_space(plan.output):
-        _commit(entry, manifest, plan.output, overwrite, cache)
-    report.output_bytes = _size(plan.output / entry.record["model"])
+        _commit(made.entry, manifest, plan.output, overwrite, cache)
+    report.output_bytes = _size(plan.output / made.entry.record["model"])
+    report.sizes = {name: (plan.output / name).stat().st_size for name in made.entry.record["files"]}
+    report.lock = lock(plan, [step.cached for step in report.steps], made.entry.record["files"], cache.digest)
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _reason(step: Step, cached: bool) -> str:
+    """Say why a step ran or did not; the plan's reason is outdated if another run made the entry since, or lost it."""
+    if cached == step.cached:
+        return step.reason
+    return "made by another run meanwhile" if cached else "its cache entry is gone"
+
+
+def measured_source(plan: Plan, cache: Cache) -> dict[str, float]:
+    """Measure of the input model what goals are relative to."""
+    workflow = plan.workflow
+    wanted = source_metrics(workflow.goals)
+    needed = {name: own for name, own in workflow.evaluators.items() if wanted & _names(name, own)}
+    if not needed:
+        return {}
+    return measure(needed, Subject(plan.source, plan.source_key, plan), cache)
+
+
+def _names(name: str, evaluator: Evaluator) -> set[str]:
+    return {text for metric in evaluator.metrics() for text in (metric, f"{name}.{metric}")}
+
+
+def _measure(plan: Plan, made: Made, cache: Cache, progress: Progress) -> None:
+    """Write the result's figures, and which goals they meet, into the report."""
+    workflow, report = plan.workflow, made.report
+    if not workflow.evaluators:
+        return
+    progress("measure", 0, 1)
+    report.metrics = measure(workflow.evaluators, Subject(made.model, made.key(), plan), cache)
+    report.metrics_source = measured_source(plan, cache)
+    metrics = metric_names({name: own.metrics() for name, own in workflow.evaluators.items()})
+    report.goals = Judge(workflow.goals, metrics, report.metrics_source).judge(report.metrics).rows
+    progress("measure", 1, 1)
 
 
 def _run_step(step: Step, model: Model, input_key: str, plan: Plan, cache: Cache, progress: Progress) -> Entry:
@@ -114,6 +186,9 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
     bits = entry.record["facts"].get("bits", {})
     compared = asked.level == "full" and any(step.work.changes_model for step in plan.steps)
     figures: dict[str, Any] = {"level": "full" if compared else "files", **verify.check_files(model, bits)}
+    if compared and model.kind == "onnx":
+        strict = asked.tokenizer == "same"
+        figures["tokenizer"] = verify.check_tokenizer(model, plan.source, strict=strict)
     if compared:
         figures |= verify.check_quality(
             model,

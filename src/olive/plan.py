@@ -67,21 +67,12 @@ class Plan:
 
 def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
     """Resolve the model, check that the passes fit together and that the output may be written, and key the steps."""
-    given = workflow.input_model
-    folder, revision = fetch(given.path, given.revision)
-    adapter = Path(given.adapter_path).expanduser() if given.adapter_path else None
-    source = models.open_model(folder, adapter, trust_remote_code=given.trust_remote_code)
+    source, revision, inputs = open_source(workflow)
     _check_passes(source.kind, workflow)
-    output = Path(workflow.output_dir).expanduser()
-    output = output.resolve() if output.is_symlink() else output
-    kept = [Path.cwd(), Path.home(), cache.root, *(file for step in workflow.passes for file in _data_files(step))]
-    _check_output(output, [folder, *([adapter] if adapter else [])], kept)
-    writable(cache.root, f"{cache.root}: the cache cannot be written; set OLIVE_CACHE_DIR")
-    check_replaceable(output, overwrite, cache.digest)
-    _check_report(output, overwrite)
+    output = check_places(workflow, inputs, cache, overwrite=overwrite)
     device = compute_device(workflow.compute_device)
     source_key = _source_key(source, cache.digest)
-    name = given.path if revision else folder.resolve().name
+    name = workflow.input_model.path if revision else inputs[0].resolve().name
     origin: dict[str, Any] = {"model": name, "files": models.digests(source.path, cache.digest)}
     steps, key, sizes, rates = [], source_key, weights(source), Rates(cache.root)
     for work in workflow.passes:
@@ -93,6 +84,28 @@ def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
         steps.append(Step(pass_name(work), key, work, where is not None, REASONS[where], parts, origin, needed))
         origin, sizes = {"step": pass_name(work)}, made
     return Plan(workflow, source, source_key, revision, tuple(steps), device, output)
+
+
+def open_source(workflow: Workflow) -> tuple[Model, str | None, list[Path]]:
+    """Return the input model, the revision that it was found at, and the folders that it came in."""
+    given = workflow.input_model
+    folder, revision = fetch(given.path, given.revision)
+    adapter = Path(given.adapter_path).expanduser() if given.adapter_path else None
+    source = models.open_model(folder, adapter, trust_remote_code=given.trust_remote_code)
+    return source, revision, [folder, *([adapter] if adapter else [])]
+
+
+def check_places(workflow: Workflow, inputs: list[Path], cache: Cache, *, overwrite: bool) -> Path:
+    """Return the output's folder; refuse one that may not be written or replaced."""
+    output = Path(workflow.output_dir).expanduser()
+    output = output.resolve() if output.is_symlink() else output
+    kept = [Path.cwd(), Path.home(), cache.root, *(file for step in workflow.passes for file in _data_files(step))]
+    _check_output(output, inputs, kept)
+    writable(cache.root, f"{cache.root}: the cache cannot be written; set OLIVE_CACHE_DIR")
+    check_replaceable(output, overwrite, cache.digest)
+    for what in BESIDE:
+        check_beside(beside(output, what), what, overwrite)
+    return output
 
 
 REASONS = {"here": "same key in the cache", "shared": "same key in the shared cache", None: "not in the cache"}
@@ -143,16 +156,25 @@ def writable(folder: Path, what: str) -> None:
         raise ConfigError(f"{what} ({existing}: {error.strerror}); choose another place") from None
 
 
-def _check_report(output: Path, overwrite: bool) -> None:
-    """The report goes beside the output: refuse to replace a file there that is not one."""
-    path = report_path(output)
-    if path.exists() and not overwrite and not path.read_bytes()[:16].startswith(b'{\n "workflow"'):
-        raise ConfigError(f"{path}: is in the way of the report and not one of ours; move it or give --overwrite")
+BESIDE = {
+    "report.json": b'{\n "workflow"',
+    "report.html": b"<!DOCTYPE html>\n<!-- Olive report -->",
+    "lock.json": b'{\n "format": "olive-lock"',
+}
+"""Files that are written beside an output, and how those of ours begin."""
 
 
-def report_path(output: Path) -> Path:
-    """Return where an output's report goes."""
-    return output.with_name(output.name + ".report.json")
+def check_beside(path: Path, what: str, overwrite: bool) -> None:
+    """Report and lock go beside the output: refuse to replace a file there that is neither."""
+    if path.exists() and not overwrite and not (path.is_file() and path.read_bytes().startswith(BESIDE[what])):
+        raise ConfigError(
+            f"{path}: is in the way of the {what.split('.')[0]} and not one of ours; move it or give --overwrite"
+        )
+
+
+def beside(output: Path, what: str) -> Path:
+    """Return where a file that accompanies an output goes, as ``OUTPUT.report.json``."""
+    return output.with_name(f"{output.name}.{what}")
 
 
 def _source_key(source: Model, digest: Callable[[Path], str]) -> str:

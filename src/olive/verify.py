@@ -7,6 +7,7 @@ model in the runtime that will use it, generates with it, and compares it with i
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,8 @@ from typing import Any
 
 from olive.errors import VerifyError
 from olive.model import Model
+
+log = logging.getLogger("olive")
 
 WINDOWS = 4
 WINDOW_TOKENS = 256
@@ -70,6 +73,8 @@ def _onnx_bits(folder: Path) -> dict[str, int]:
 
 
 def _check_genai(folder: Path, inputs: set[str]) -> None:
+    from olive.decoder.tokenizer import load
+
     path = folder / "genai_config.json"
     if not path.is_file():
         return
@@ -80,6 +85,24 @@ def _check_genai(folder: Path, inputs: set[str]) -> None:
         needed |= {names["past_key_names"] % i, names["past_value_names"] % i}
     if missing := sorted(needed - inputs):
         raise VerifyError(f"{path}: names an input {missing[0]} that the graph does not have")
+    load(folder)
+
+
+def check_tokenizer(model: Model, source: Model, *, strict: bool) -> dict[str, Any]:
+    """Compare how GenAI reads text with tokenizer.json and with transformers; ``strict``: raise :class:`VerifyError` if
+    ordinary text, or a conversation in the chat template, is read otherwise than the file says."""
+    from olive.decoder.tokenizer import compare
+    from olive.runtime.torch_model import load_tokenizer
+
+    found = compare(load_tokenizer(source.path, source.trust_remote_code), model.path)
+    if strict and found.differences:
+        raise VerifyError(
+            f"{model.path / 'tokenizer.json'}: {found.differences[0]}; the model would get other tokens than it was "
+            "trained on; --verify_tokenizer any accepts that, if the program that runs the model reads text itself"
+        )
+    for note in (*found.differences, *found.notes):
+        log.warning("tokenizer: %s", note)
+    return {"reads_as_its_file": not found.differences, "notes": found.differences + found.notes}
 
 
 def check_quality(

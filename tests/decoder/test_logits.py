@@ -81,6 +81,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm with biases, in parallel": (
         "stablelm", {"hidden_size": 256, "use_qkv_bias": True, "use_parallel_residual": True},
     ),
+    "starcoder2 without a window": ("starcoder2", {}),
+    "starcoder2 beyond its window": ("starcoder2", {"sliding_window": 16}),
+    "starcoder2 untied, without biases": (
+        "starcoder2", {"tie_word_embeddings": False, "use_bias": False, "sliding_window": 16},
+    ),
     "gpt_neox": ("gpt_neox", {"hidden_size": 256}),
     "gpt_neox, one after the other, without biases": (
         "gpt_neox", {"hidden_size": 256, "use_parallel_residual": False, "attention_bias": False},

@@ -41,7 +41,7 @@ def normalize(argv: Sequence[str]) -> list[str]:
 
 def parse_arguments(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse; an unknown flag is an error that names the nearest known one."""
-    args, more = parser.parse_known_args(argv)
+    args, more = parser.parse_known_intermixed_args(argv)
     if more and not parser.passes_on:
         flag = more[0].split("=")[0]
         if flag.startswith("-"):
@@ -108,11 +108,11 @@ SHORT = {"model_name_or_path": ("-m",), "adapter_path": ("-a",), "data_name": ("
 
 
 def _plain(annotation: Any) -> Any:
-    """Reduce ``X | None`` to X, and ``str | tuple`` to tuple."""
+    """Reduce ``X | None`` to X, ``str | tuple`` to tuple, and ``int | str`` to str."""
     parts = [part for part in get_args(annotation) if part is not type(None)]
     if get_origin(annotation) in (Literal, tuple, dict) or not parts:
         return annotation
-    return next((part for part in parts if get_origin(part) is tuple), parts[0])
+    return next((part for part in parts if get_origin(part) is tuple), str if str in parts else parts[0])
 
 
 def given(args: argparse.Namespace, names: Mapping[str, str] | Sequence[str]) -> dict[str, Any]:

@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from olive.cache import Cache
     from olive.report import Report
 
-VERIFY = {"level": "verify", "max_kl": "max_kl"}
+VERIFY = {"level": "verify", "max_kl": "max_kl", "tokenizer": "verify_tokenizer"}
+SEARCH = ["sampler", "trials", "time", "workers", "study"]
 
 
 def parser(prog: str) -> Parser:
     """Return the parser of ``olive run``."""
-    own = Parser(prog, "Run a workflow file: YAML or JSON with input_model, passes and output_dir.")
+    from olive.workflow import Search
+
+    text = "Run a workflow file: YAML or JSON with input_model, passes and output_dir. Holes in it are searched over."
+    own = Parser(prog, text)
     add_file(own)
+    add_fields(own, Search, SEARCH)
     add_flow(own)
     return own
 
@@ -56,6 +61,7 @@ def add_file(own: Parser) -> None:
 
 def main_with(args: argparse.Namespace, command: str) -> int:
     """Read the workflow file that the flags name and run it, or print its plan."""
+    from olive.search.space import is_template, read_space
     from olive.workflow import read_workflow
 
     name = getattr(args, "config", None) or getattr(args, "config_flag", None)
@@ -65,7 +71,7 @@ def main_with(args: argparse.Namespace, command: str) -> int:
     if isinstance(data, dict) and hasattr(args, "output_path"):
         data["output_dir"] = args.output_path
     if isinstance(data, dict) and "output_dir" in data:
-        read_workflow(data, name)  # so that mistakes are reported with the file's name
+        (read_space if is_template(data) else read_workflow)(data, name)  # so that mistakes have the file's name
     return execute(data, args)
 
 
@@ -126,7 +132,8 @@ def add_log_level(own: Parser) -> None:
 
 
 def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
-    """Run a workflow given as plain data, with the flags of :func:`add_flow` applied."""
+    """Run a workflow given as plain data, with the flags of :func:`add_flow` applied; search a template first."""
+    from olive.search.space import is_template
     from olive.workflow import as_yaml, read_workflow
 
     verify = given(args, VERIFY)
@@ -134,7 +141,15 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
     data |= given(args, ["compute_device", "seed"])
     if "output_dir" not in data:
         raise ConfigError("--output_path (-o) is required: the folder of the result")
+    searched = given(args, SEARCH)
+    if is_template(data):
+        from olive.cli.search import execute_template
+
+        return execute_template(data | {"search": (data.get("search") or {}) | searched}, args)
     workflow = read_workflow(data, "workflow")
+    if searched or workflow.search is not None:
+        told = f"--{next(iter(searched))}" if searched else "search"
+        raise ConfigError(f"{told}: no option of the workflow is a hole, so there is nothing to search")
     if hasattr(args, "save_config_file"):
         save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
         if hasattr(args, "write_only"):
@@ -161,6 +176,7 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
             from olive.inventory import collect
 
             collect(cache, most)
+    report.command = getattr(args, "command_line", "")
     say(report, planned.output)
     return 0
 
@@ -176,17 +192,30 @@ def max_size() -> int | None:
 
 
 def say(report: Report, output: Path) -> None:
-    from olive.plan import report_path
-
-    saved = report_path(output)
-    report.save(saved)
+    """Print the report, and write it beside the output."""
+    saved = write_report(report, output)
     for line in report.lines():
         print(line)
     print(f"{'report':<12} {saved}")
 
 
+def write_report(report: Report, output: Path) -> Path:
+    """Write a report beside its output, as data, as a page (whose path is returned) and, if there is one, the lock."""
+    from olive.html import page
+    from olive.lock import write_lock
+    from olive.plan import beside
+
+    report.save(beside(output, "report.json"))
+    saved = beside(output, "report.html")
+    saved.write_text(page(report.as_data()), encoding="utf-8")
+    if report.lock:
+        write_lock(report.lock, beside(output, "lock.json"))
+    return saved
+
+
 @contextmanager
 def open_cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
+    """Open the cache, or with ``--no_cache`` a store that ends with the run."""
     from olive.cache import Cache, default_root, sweep
     from olive.shared import configured
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from olive.decoder import families, genai, kv_cache, lora, peft, tokenizer
+from olive.decoder import families, genai, kv_cache, lora, peft, tokenizer_files
 from olive.decoder.architecture import Architecture
 from olive.decoder.attention import attention, positions
 from olive.decoder.graph import DATA, MODEL, Graph
@@ -43,7 +43,7 @@ def build(
     source = Source(checkpoint, arch)
     arch = _untie(arch, source)
     modules = _check_tensors(source, arch)
-    genai.check(checkpoint.folder)
+    tokenizer_files.check(checkpoint.folder)
     layout = lora.layout(arch, source)
     adapted = _adapted(arch, adapters, layout)
     out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def build(
     linears = Linears(graph, source, options, frozenset(adapted), report)
     _decoder(graph, linears, Norms(graph, source, arch), arch)
     graph.save({BASE: base_digest, METADATA: json.dumps(layout.of(adapted))})
-    notes = genai.write(checkpoint, arch, options, out) + tokenizer.compare(checkpoint.folder, out)
+    notes = genai.write(checkpoint, arch, options, out)
     if options.kv_cache == "int8":
         kv_cache.to_int8(out)
     if source.left_out:
@@ -169,7 +169,10 @@ def _check_tensors(source: Source, arch: Architecture) -> int:
 def _adapted(arch: Architecture, adapters: Sequence[Path], layout: lora.Layout) -> set[str]:
     found: set[str] = set()
     for folder in adapters:
-        for module in sorted(peft.targets([folder])):
+        for module in sorted(peft.read_peft(folder, layout.layers)):
+            if arch.experts and (".experts." in module or module.endswith((arch.experts.router, ".mlp.gate"))):
+                raise ConfigError(f"{folder}: adapts {module}: adapters on experts or their router are not supported; "
+                                  "train without them as targets, or merge the adapter into its base")  # fmt: skip
             places = layout.places(module)
             if not places:
                 raise ConfigError(f"{folder}: adapts {module}, which the base does not have; its layers have "

@@ -32,6 +32,8 @@ class Layout:
     """The other way round: {name of a packed linear: {module of the graph: N}}, in order."""
     by_head: Mapping[str, int] = field(default_factory=dict)
     """Heads of the packed modules whose checkpoint has queries, keys and values head by head."""
+    layers: str = "model.layers."
+    """What is in front of a layer's number."""
 
     def places(self, module: str) -> list[str]:
         """Return the modules of the graph that take an adapted module; none if it does not fit."""
@@ -52,11 +54,13 @@ class Layout:
             "packed": {m: parts for m, parts in self.packed.items() if m in modules},
             "split": {m: parts for m, parts in self.split.items() if set(parts) & set(modules)},
             "by_head": {m: heads for m, heads in self.by_head.items() if m in modules},
+            "layers": self.layers,
         }
 
 
-def layout(arch: Architecture, source: Source) -> Layout:
-    """Return where the graph of a checkpoint takes adapters: on all linears but those of experts."""
+def layout(arch: Architecture, source: Source, *, stored: bool = False) -> Layout:
+    """Return where the graph of a checkpoint takes adapters: on all linears but those of experts. ``stored``: where
+    the checkpoint itself has these linears."""
     names, head_dim = arch.names, arch.head_dim
     plain: set[str] = set()
     packed: dict[str, dict[str, int]] = {}
@@ -67,12 +71,14 @@ def layout(arch: Architecture, source: Source) -> Layout:
         own = [prefix + names.attention_out]
         qkv = prefix + arch.qkv_module()
         widths = [head_dim * heads for heads in (arch.heads, arch.kv_heads, arch.kv_heads)]
-        if len(names.qkv) > 1 or qkv.endswith(".qkv_proj"):
-            parts = names.qkv if len(names.qkv) > 1 else QKV
-            packed[qkv] = dict(zip((prefix + part for part in parts), widths, strict=True))
+        apart = len(names.qkv) > 1
+        if apart or qkv.endswith(".qkv_proj"):
+            parts = dict(zip((prefix + part for part in (names.qkv if apart else QKV)), widths, strict=True))
+            (split if stored and apart else packed)[qkv] = parts
+            own += parts if stored and apart else []
         else:
             own.append(qkv)
-        if arch.qkv_by_head:
+        if arch.qkv_by_head and not stored:
             by_head[qkv] = arch.heads
         if not arch.has_experts(layer):
             gate_up = [prefix + name for name in names.gate_up]
@@ -82,16 +88,16 @@ def layout(arch: Architecture, source: Source) -> Layout:
                 own += gate_up
                 split[f"{prefix}mlp.gate_up_proj"] = dict(zip(gate_up, sizes, strict=True))
             elif gate_up[0].endswith(".gate_up_proj"):
-                parts = (f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj")
-                packed[gate_up[0]] = dict.fromkeys(parts, sizes[0] // 2)
+                both = (f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj")
+                packed[gate_up[0]] = dict.fromkeys(both, sizes[0] // 2)
             else:
                 own += gate_up
         plain |= set(own)
-    return Layout(frozenset(plain), packed, split, by_head)
+    return Layout(frozenset(plain), packed, split, by_head, names.layer.partition("{}")[0])
 
 
-def graph_tensors(peft: Mapping[str, Lora], places: Layout) -> dict[str, np.ndarray]:
-    """Lay out an adapter as the graph's inputs: A float32 [K, R] and B float32 [R, N] of each module.
+def placed(peft: Mapping[str, Lora], places: Layout) -> dict[str, Lora]:
+    """Bring an adapter to the modules of a layout: each gets one pair, whatever the adapter packs.
 
     In a packed module the A of the parts lie side by side and their B on the diagonal; a part that is not adapted
     adds no rank. A packed module of the adapter that the graph has apart gives its A to each.
@@ -108,11 +114,13 @@ def graph_tensors(peft: Mapping[str, Lora], places: Layout) -> dict[str, np.ndar
         elif module in places.by_head:
             lora = Lora(lora.a, _by_kind(lora.b, places.by_head[module]))
         found.setdefault(owner or module, []).append(lora)
-    tensors = {}
-    for module, loras in found.items():
-        tensors[f"{module}.lora_A.weight"] = np.concatenate([lora.a for lora in loras], axis=1)  # [K, sum of R]
-        tensors[f"{module}.lora_B.weight"] = np.concatenate([lora.b for lora in loras])  # [sum of R, N]
-    return tensors
+    return {
+        module: Lora(
+            np.concatenate([lora.a for lora in loras], axis=1),  # [K, sum of R]
+            np.concatenate([lora.b for lora in loras]),  # [sum of R, N]
+        )
+        for module, loras in found.items()
+    }
 
 
 def _cut(module: str, b: np.ndarray, parts: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
@@ -143,19 +151,52 @@ def _by_kind(b: np.ndarray, heads: int) -> np.ndarray:
     return b.reshape(len(b), heads, 3, -1).swapaxes(1, 2).reshape(len(b), -1)
 
 
-def convert(adapter: Path, onnx_folder: Path, out_file: Path) -> dict[str, tuple[int, ...]]:
-    """Write a PEFT adapter as an ``.onnx_adapter`` file for a built folder; return its tensors' shapes.
+@dataclass(frozen=True)
+class Converted:
+    """An adapter as the inputs of a graph that it fits."""
 
-    A misfit is refused. Inputs that the adapter has nothing for are left out: their default has rank 0.
+    tensors: Mapping[str, np.ndarray]
+    """A [K, R] and B [R, N] of each module of the graph, in the type of its inputs."""
+    rank: int
+    """Largest rank that the adapter was trained with; packed modules have the sum of their parts' ranks."""
+    base: str
+    """Digest of the graph's base, "" if unknown."""
+
+    def dtype(self) -> str:
+        """Return the type of its tensors."""
+        return next(str(tensor.dtype) for tensor in self.tensors.values())
+
+    def facts(self) -> dict[str, Any]:
+        """Describe the adapter for a manifest."""
+        return {
+            "rank": self.rank,
+            "dtype": self.dtype(),
+            "base_digest": self.base,
+            "shapes": {name: list(tensor.shape) for name, tensor in sorted(self.tensors.items())},
+        }
+
+
+def converted(adapter: Path, graph: adapters.AdapterInputs) -> Converted:
+    """Lay out a PEFT adapter for a graph; a misfit is refused.
+
+    Inputs that the adapter has nothing for are left out: their default has rank 0.
     """
-    places, base = adapters.metadata(onnx_folder)
-    check_base(adapter, base, str(onnx_folder))
-    tensors = graph_tensors(read_peft(adapter), Layout(**places))
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    expected = adapters.expected_inputs(onnx_folder)
-    adapters.check(shapes, expected, onnx_folder, str(adapter))
-    adapters.write(out_file, {name: tensor.astype(expected[name].dtype) for name, tensor in tensors.items()})
-    return shapes
+    check_base(adapter, graph.base, str(graph.folder))
+    places = Layout(**graph.layout)
+    own = read_peft(adapter, places.layers)
+    tensors: dict[str, np.ndarray] = {}
+    for module, lora in placed(own, places).items():
+        tensors |= zip((module + suffix for suffix in adapters.SUFFIXES), (lora.a, lora.b), strict=True)
+    adapters.check({name: tensor.shape for name, tensor in tensors.items()}, graph, str(adapter))
+    exact = {name: tensor.astype(graph.inputs[name].dtype) for name, tensor in tensors.items()}
+    return Converted(exact, max(len(lora.b) for lora in own.values()), graph.base)
+
+
+def convert(adapter: Path, onnx_folder: Path, out_file: Path) -> Converted:
+    """Write a PEFT adapter as an ``.onnx_adapter`` file for a built folder; return what was written."""
+    found = converted(adapter, adapters.read_graph(onnx_folder))
+    adapters.write(out_file, found.tensors, found.base)
+    return found
 
 
 def check_base(adapter: Path, base: str, where: str) -> None:

@@ -119,6 +119,12 @@ class Source:
         return apart.transpose(0, 1).flatten(0, 2).contiguous()  # [H, 3, D, ...] -> [N, ...]
 
 
+def own_name(name: str, arch: Architecture) -> str:
+    """Give a tensor the name that it has in a model that is the text decoder alone."""
+    wrapper = next((w for w in WRAPPERS if name.startswith(w)), None)
+    return name if wrapper is None else arch.names.base + name.removeprefix(wrapper)
+
+
 def _renamed(names: Iterable[str], arch: Architecture) -> dict[str, str]:
     """Map the names that transformers gives the text decoder to those that the checkpoint has for it."""
     names = list(names)
@@ -126,7 +132,7 @@ def _renamed(names: Iterable[str], arch: Architecture) -> dict[str, str]:
     base, head = arch.names.base, arch.names.head
     if wrapper is not None:
         heads = {name: head + name.partition(head)[2] for name in names if head in name.split(".")}
-        inside = {name: base + name.removeprefix(wrapper) for name in names if name.startswith(wrapper)}
+        inside = {name: own_name(name, arch) for name in names if name.startswith(wrapper)}
         return {own: name for name, own in (inside | heads).items()}
     if any(name.startswith(base) for name in names):
         return {name: name for name in names}

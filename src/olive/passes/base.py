@@ -74,6 +74,10 @@ class Pass(Config):
         """Folders besides the model that the pass reads; their contents are part of the step's key."""
         return ()
 
+    def alone(self) -> Pass:
+        """Return the same work without what it writes besides its output."""
+        return self
+
     def missing(self) -> bool:
         """Tell whether something besides the output is asked for and not there: a cached output is not enough."""
         return False

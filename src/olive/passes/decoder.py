@@ -61,7 +61,8 @@ class Decoder(
     chunk_size: int | None = Field(None, ge=1)
     """Tokens of a prompt that GenAI reads at once; by default 512."""
     adapter_precision: Literal["fp32", "fp16"] = "fp32"
-    """Precision of adapters on a CPU; fp16 halves their memory. On a GPU they are fp16."""
+    """Precision of adapters on a CPU; fp16 halves their memory, but is slower: it is converted for each token. On a GPU
+    they are fp16."""
 
     def run(self, model: Model, ctx: Context) -> Model:
         """Write ``model/`` with the graph, the tokenizer and the adapters' files."""
@@ -91,11 +92,7 @@ class Decoder(
         written = {}
         for name, folder in model.adapters.items():
             file = out / (ADAPTER_FILE if len(model.adapters) == 1 else f"{name}.onnx_adapter")
-            shapes = lora.convert(folder, out, file)
-            facts.setdefault("adapters", {})[name] = {
-                "rank": max(shape[1] for tensor, shape in shapes.items() if tensor.endswith(".lora_A.weight")),
-                "shapes": shapes,
-            }
+            facts.setdefault("adapters", {})[name] = lora.convert(folder, out, file).facts()
             written[name] = file
         ctx.note(**facts)
         return Model("onnx", out, written)

@@ -89,6 +89,7 @@ class Generator:
         except RuntimeError as error:
             raise OliveError(f"{folder}: ONNX Runtime GenAI cannot load it: {error}") from None
         self._adapters = onnxruntime_genai.Adapters(self._model)
+        self._taken: adapter_files.AdapterInputs | None = None
         self.names: list[str] = []
         for name, file in (adapters or {}).items():
             self.load_adapter(name, file)
@@ -105,7 +106,8 @@ class Generator:
         """Load one more adapter; it must fit the graph."""
         if name in self.names:
             raise ConfigError(f"adapter {name}: already loaded; give it another name")
-        adapter_files.check_file(file, self.folder)
+        self._taken = self._taken or adapter_files.read_graph(self.folder)
+        adapter_files.check_file(file, self._taken)
         self._adapters.load(str(file), name)
         self.names.append(name)
 

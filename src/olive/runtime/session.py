@@ -101,7 +101,7 @@ class OnnxDecoder:
         import onnxruntime
 
         if file not in self._adapters:
-            adapters.check_file(file, self.folder)
+            adapters.check_file(file, adapters.read_graph(self.folder))
             loaded = onnxruntime.LoraAdapter()
             loaded.Load(str(file))
             self._adapters[file] = loaded

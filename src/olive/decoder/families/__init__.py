@@ -29,6 +29,7 @@ FAMILIES = {
     "qwen3_moe": "qwen:qwen3_moe",
     "smollm3": "smollm3:smollm3",
     "stablelm": "stablelm:stablelm",
+    "starcoder2": "starcoder2:starcoder2",
 }
 """By ``model_type``: module of this package and function in it."""
 
