@@ -175,9 +175,11 @@ def _graph(options: dict[str, Any], before: Weights, provider: str) -> Weights:
     linear = before.linear_bits
     if linear >= 16:
         linear = int(precision[3:]) + _overhead(int(precision[3:]), size, wide) if precision.startswith("int") else wide
-    by_default = "int8" if linear < 16 else "float"
-    named = [by_default if options[name] == "auto" else options[name] for name in ("lm_head", "embeddings")]
-    tables = _table_bits(named[0], named[1], wide, size, wide)
+    head = "int8" if before.linear_bits < 16 else precision if precision.startswith("int") else "float"
+    head = head if options["lm_head"] == "auto" else options["lm_head"]
+    rows = head if before.tied else "int8" if linear < 16 else "float"
+    rows = rows if options["embeddings"] == "auto" else options["embeddings"]
+    tables = _table_bits(head, rows, wide, size, wide)
     other = before.other + before.rotary * wide // 32
     return replace(before, linear_bits=linear, table_bits=tables, rest_bits=wide, other=other).stored()
 

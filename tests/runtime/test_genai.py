@@ -111,7 +111,7 @@ def test_rows_answered_together_are_those_answered_alone(adapted: tuple[Path, di
     for name in (None, "b"):
         alone = [generator.generate_rows([prompt], adapter=name, max_new_tokens=24)[0] for prompt in prompts]
         streamed = [generator.generate(prompt, adapter=name, max_new_tokens=24).tokens for prompt in prompts]
-        assert [[t for t in tokens if t != 1] for tokens in streamed] == alone
+        assert [[t for t in tokens if t not in (1, 4)] for tokens in streamed] == alone  # the end is no part of it
         assert generator.generate_rows(prompts, adapter=name, max_new_tokens=24) == alone
         stops = generator.generate_rows(prompts, adapter=name, max_new_tokens=24, done=lambda tokens: len(tokens) == 5)
         assert stops == [tokens[:5] for tokens in alone]
