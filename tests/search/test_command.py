@@ -86,6 +86,10 @@ def test_a_search_without_a_result_fails_and_its_trials_are_kept(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        (
+            {"passes": [{"type": "lora", "training": {"learning_rate": {"range": [1e-5, 1e-3], "log": True}}}]},
+            "passes.0.training.learning_rate: a grid needs a step for this range, or a choice",
+        ),
         ({"goals": []}, "goals: a search needs at least one, as in 'kl_divergence minimal'"),
         ({"search": {"proxy": 0.1}, "evaluators": {}}, "search.proxy: no evaluator says how much data it uses"),
         ({"passes": [{"type": "rtn", "bits": {"choice": [4, 5]}}]}, "passes.0.bits: input should be 2, 3, 4 or 8"),

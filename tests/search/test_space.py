@@ -94,8 +94,6 @@ def test_ranges() -> None:
     training = {"learning_rate": {"range": [1e-5, 1e-3], "log": True}}
     endless = read_space(template({"type": "lora", "training": training}))
     assert endless.size() is None
-    with pytest.raises(ConfigError, match=r"passes.0.training.learning_rate: a grid needs a step for this range"):
-        list(endless.points())
     stepped = read_space(template({"type": "lora", "training": {"learning_rate": {"range": [0.0, 0.25], "step": 0.1}}}))
     assert [point["passes.0.training.learning_rate"] for point in stepped.points()] == pytest.approx([0.0, 0.1, 0.2])
     whole = read_space(template({"type": "lora", "rank": {"range": [4, 7]}}))

@@ -100,8 +100,7 @@ class Space:
             yield from self._points(index + 1, point)
             return
         values = [self.fixed[hole.path]] if hole.path in self.fixed else hole.grid()
-        if values is None:
-            raise ConfigError(f"{hole.path}: a grid needs a step for this range, or a choice")
+        assert values is not None, "a grid of endlessly many points"
         for value in values:
             yield from self._points(index + 1, point | {hole.path: value})
 

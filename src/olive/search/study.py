@@ -54,7 +54,7 @@ def search(
     space = read_space(template, where)
     head = read_workflow(dict(template) | {"passes": [STAND_IN]}, where)
     options = head.search or Search()
-    _check(head, options, where)
+    _check(head, options, space, where)
     _, _, inputs = open_source(head)
     output = check_places(head, inputs, cache, overwrite=overwrite)
     folder = Path(options.study).expanduser() if options.study else output.with_name(output.name + ".study")
@@ -64,9 +64,12 @@ def search(
     return study.found(ended)
 
 
-def _check(head: Workflow, options: Search, where: str) -> None:
+def _check(head: Workflow, options: Search, space: Space, where: str) -> None:
     if not head.goals:
         raise ConfigError(f"{where}: goals: a search needs at least one, as in 'kl_divergence minimal'")
+    endless = next((hole.path for hole in space.holes if hole.grid() is None), None)
+    if options.sampler == "grid" and endless is not None:
+        raise ConfigError(f"{where}: {endless}: a grid needs a step for this range, or a choice")
     if options.proxy is not None and not has_parts(head):
         raise ConfigError(
             f"{where}: search.proxy: no evaluator says how much data it uses; give it data with max_samples"
