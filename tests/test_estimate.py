@@ -66,6 +66,8 @@ def test_the_headers_give_every_parameter(tmp_path: Path) -> None:
         [{"type": "rtn"}],
         [{"type": "rtn", "bits": 8, "group_size": 32, "format": "olive", "embeddings": "int8", "lm_head": "int8"}],
         [{"type": "rtn", "bits": 3, "format": "gptq"}],
+        [{"type": "rtn", "target_size": "5.0bpw"}],
+        [{"type": "rtn", "target_size": "5.4MB"}],
         [{"type": "rotate"}],
         [{"type": "rtn"}, {"type": "dequantize"}],
         [{"type": "decoder", "precision": "fp32"}],

@@ -13,6 +13,7 @@ from olive.cli.options import parse_arguments
 from olive.errors import ConfigError
 from olive.passes import pass_class
 from olive.recipes import SEARCHES, names, recipe, summary, template
+from olive.search.space import read_space
 from olive.target import Target
 from olive.workflow import read_workflow
 from places import LAB_MODEL
@@ -33,6 +34,7 @@ def test_every_template_is_used_and_names_options_that_exist() -> None:
     assert set(SEARCHES.values()) == set(names()) - set(FIXED)
     for name in SEARCHES.values():
         data = recipe(name)
+        read_space(data | {"input_model": {"path": "m"}, "output_dir": "o"})
         groups = [step if isinstance(step, list) else [step] for step in data["passes"]]
         for step in [step for group in groups for step in group if step is not None]:
             assert step.keys() - {"type"} <= pass_class(step["type"]).model_fields.keys()
@@ -66,6 +68,16 @@ def test_goals_turn_the_target_s_recipe_into_a_template() -> None:
     gpu = goal_template(arguments("--goal", goals[0], "--device", "gpu"))
     assert gpu["passes"] == recipe("gpu-search")["passes"]
     assert gpu["target"] == {"device": "gpu"}
+
+
+def test_auto_opt_hands_the_template_to_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["auto-opt", "-m", str(LAB_MODEL), "-o", "out", "--goal", "kl_divergence<=0.05", "--precision", "int4"]
+    assert main([*argv, "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert "passes.0: kquant, awq, gptq" in told and "passes.1.lm_head: int8, int4" in told
+    assert "passes.0.awq.bits" not in told
+    assert main([*argv, "--goal", "kl_divergense<=0.05", "--dry_run"]) == 2
+    assert "did you mean 'kl_divergence'" in capsys.readouterr().err
 
 
 def test_options_that_are_given_are_no_holes_any_more() -> None:

@@ -9,6 +9,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from olive.errors import ConfigError
+from olive.evaluate.evaluators import EVALUATORS, evaluator_class
 from olive.passes import PASSES, pass_class
 from olive.recipes import names, recipe
 from olive.schema import FILE, text
@@ -101,12 +102,26 @@ def test_only_options_of_passes_may_be_holes(validator: Draft202012Validator) ->
     assert not validator.is_valid(BASE | {"passes": [{"type": "rtn"}], "seed": {"choice": [1, 2]}})
 
 
+def test_evaluators_goals_and_the_search_are_in_it(validator: Draft202012Validator) -> None:
+    base = BASE | {"passes": [{"type": "rtn", "bits": {"choice": [4, 8]}}], "data": {"books": {"name": "text"}}}
+    told = {"quality": {"type": "quality", "data": "books"}, "tasks": {"type": "lm_eval", "tasks": ["a"], "limit": 3}}
+    goals = ["kl_divergence <= 0.05", {"metric": "size_on_disk", "minimize": True}]
+    data = base | {"evaluators": told, "goals": goals, "search": {"sampler": "random", "trials": 3}}
+    assert [error.message for error in validator.iter_errors(data)] == []
+    for name in EVALUATORS:
+        properties = validator.schema["$defs"][f"evaluator_{name}"]["properties"]
+        assert properties.keys() - {"type"} == evaluator_class(name).model_fields.keys()
+    for wrong in ({"evaluators": {"q": {"type": "qualty"}}}, {"evaluators": {"q": {"type": "quality", "dat": "books"}}},
+                  {"goals": [3]}, {"search": {"sampler": "luck"}}):  # fmt: skip
+        assert not validator.is_valid(base | wrong)
+
+
 def test_a_mistake_is_reported_for_the_pass_that_was_meant(validator: Draft202012Validator) -> None:
     (error,) = validator.iter_errors(BASE | {"passes": [{"type": "rtn", "bit": 4}]})
     assert list(error.path) == ["passes", 0]
     assert "'bit' was unexpected" in error.message
 
 
-@pytest.mark.parametrize("name", [name for name in names() if "search" not in name])
+@pytest.mark.parametrize("name", names())
 def test_recipes_are_valid(validator: Draft202012Validator, name: str) -> None:
     assert [error.message for error in validator.iter_errors(BASE | recipe(name))] == []

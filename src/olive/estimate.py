@@ -20,7 +20,7 @@ from olive.data.spec import DataSpec
 from olive.model import Model, files
 from olive.passes import pass_name
 from olive.passes.base import Pass
-from olive.passes.quantizer import Quantizer
+from olive.passes.quantizer import PER_WEIGHT, UNITS, Quantizer
 from olive.rates import Observation, Rates
 
 ITEM = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4,
@@ -155,8 +155,11 @@ def after(step: Pass, before: Weights, provider: str) -> Weights:
     name = pass_name(step)
     if isinstance(step, Quantizer):
         tables = _table_bits(step.lm_head, step.embeddings, before.table_bits, step.group_size)
+        floats = replace(before, linear_bits=0, table_bits=tables).stored()
         bits = step.bits + _overhead(step.bits, step.group_size)
-        return replace(before, linear_bits=bits, table_bits=tables).stored()
+        if step.target_size is not None:
+            bits = _target_bits(step.target_size, floats)
+        return replace(floats, linear_bits=bits).stored()
     if name in ("rotate", "dequantize"):
         untied = name == "rotate" and before.tied
         float32 = replace(before, linear_bits=32, table_bits=32, rest_bits=32, tied=before.tied and not untied)
@@ -166,6 +169,14 @@ def after(step: Pass, before: Weights, provider: str) -> Weights:
     if name == "decoder":
         return _graph(step.model_dump(), before, provider)
     return before
+
+
+def _target_bits(target: str, floats: Weights) -> float:
+    """Return the bits per weight that a size leaves to the linear layers of a model."""
+    number, unit = re.fullmatch(r"([\d.]+)(\D+)", target).groups()  # type: ignore[union-attr]  # the pass has checked it
+    if unit == PER_WEIGHT:
+        return float(number)
+    return max(0.0, 8 * (float(number) * UNITS[unit] - floats.size) / max(1, floats.linear))
 
 
 def _graph(options: dict[str, Any], before: Weights, provider: str) -> Weights:

@@ -16,6 +16,7 @@ from typing import Any
 
 from olive.config import Config
 from olive.data.spec import DataSpec
+from olive.evaluate.evaluators import EVALUATORS, evaluator_class
 from olive.passes import PASSES, pass_class
 from olive.workflow import Workflow
 
@@ -46,9 +47,15 @@ def workflow_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": {"$ref": "#/$defs/DataSpec"},
     }
+    for name in EVALUATORS:
+        known[f"evaluator_{name}"] = _with_named_data(evaluator_class(name), name, known)
+    known["evaluator"] = _by_type(EVALUATORS, lambda name: {"$ref": f"#/$defs/evaluator_{name}"})
+    schema["properties"]["evaluators"]["additionalProperties"] = {"$ref": "#/$defs/evaluator"}
+    goal = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Goal"}]}
+    schema["properties"]["goals"]["items"] = goal
     for name in PASSES:
         known[f"pass_{name}"] = _pass(name, known)
-    del known["Pass"]
+    del known["Pass"], known["Evaluator"]
     schema["required"].remove("output_dir")  # --output_path gives it as well
     known["pass"] = _by_type(PASSES, lambda name: {"$ref": f"#/$defs/pass_{name}"})
     alternatives = {"type": "array", "minItems": 2, "items": {"anyOf": [{"$ref": "#/$defs/pass"}, NO_PASS]}}
@@ -73,21 +80,30 @@ def _by_type(names: Iterable[str], schema: Callable[[str], dict[str, Any]]) -> d
     return {
         "type": "object",
         "required": ["type"],
-        "properties": {"type": {"enum": list(names), "description": "Which pass."}},
+        "properties": {"type": {"enum": list(names), "description": "Which one."}},
         "allOf": chosen,
     }
 
 
 def _pass(name: str, known: dict[str, Any]) -> dict[str, Any]:
     inner: dict[str, Any] = {}
-    schema = _object(pass_class(name), inner)
+    schema = _with_named_data(pass_class(name), name, inner)
     for part, own in inner.items():  # here too an option may be a hole, other than in the rest of the file
         known[f"{part}_of_pass"] = own | {"properties": _with_holes(own["properties"], inner)}
-    options = schema["properties"]
+    options = {option: own for option, own in schema["properties"].items() if option != "type"}
+    return schema | {"properties": {"type": {"const": name}, **_with_holes(options, inner)}}
+
+
+def _with_named_data(kind: type[Config], name: str, known: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a pass or an evaluator, whose data may be the name of a data set."""
+    schema = _object(kind, known)
+    options = schema.setdefault("properties", {})
     if "data" in options:
         named = {"type": "string", "description": "Name of a data set."}
-        options["data"]["anyOf"] = [named, *_branches(options["data"])]
-    return schema | {"properties": {"type": {"const": name}, **_with_holes(options, inner)}}
+        options["data"] = {key: options["data"][key] for key in SAID if key in options["data"]} | {
+            "anyOf": [named, *_branches(options["data"])]
+        }
+    return schema | {"properties": {"type": {"const": name}, **options}}
 
 
 def _object(kind: type[Config], known: dict[str, Any]) -> dict[str, Any]:

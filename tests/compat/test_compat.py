@@ -69,8 +69,8 @@ def test_a_pass_without_a_counterpart_is_refused_with_its_place_and_a_hint() -> 
     with pytest.raises(ConfigError) as caught:
         convert(MIXED, "recipe.json")
     assert str(caught.value).splitlines() == [
-        "recipe.json: passes.s: SelectiveMixedPrecision has no counterpart: give bits by layer with the option "
-        "overrides of the quantizer",
+        "recipe.json: passes.s: SelectiveMixedPrecision has no counterpart: the option target_size of a quantizer "
+        "chooses bits by layer",
         "Passes without a counterpart are left out with --skip_unknown.",
     ]
     with pytest.raises(ConfigError, match=r"passes.cs: CaptureSplitInfo(.|\n)*passes.sq: Onnx(.|\n)*passes.st: Static"):

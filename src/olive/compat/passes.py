@@ -47,7 +47,7 @@ HINTS = {
     "mergeadapterweights": "the decoder pass keeps an adapter apart, as inputs of the graph",
     "onnxconversion": "for a language model, ModelBuilder and our decoder pass build the graph",
     "orttransformersoptimization": "the decoder pass writes fused operators itself",
-    "selectivemixedprecision": "give bits by layer with the option overrides of the quantizer",
+    "selectivemixedprecision": "the option target_size of a quantizer chooses bits by layer",
     "spinquant": "rotate has rotations that need no training",
 }
 QUANTIZERS = ("rtn", "kquant", "gptq", "awq")
