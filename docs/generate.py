@@ -1,4 +1,4 @@
-"""Write docs/commands.md and docs/passes.md from the parsers and the fields of the passes.
+"""Write docs/commands.md, passes.md, evaluators.md and the JSON schema of workflows from the parsers and the options.
 
     python docs/generate.py
 
@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
 
+from olive import schema
 from olive.cli import COMMANDS
+from olive.cli.describe import WORDS, default_of, limits, one_line, type_of
 from olive.cli.options import Parser
 from olive.config import Config
 from olive.data.spec import DataSpec
-from olive.evaluate.evaluators import Evaluator
+from olive.evaluate.evaluators import EVALUATORS, Evaluator, evaluator_class
+from olive.evaluate.metrics import METRICS
 from olive.goals import Goal
 from olive.passes import PASSES, pass_class
 from olive.passes.base import Pass
@@ -47,7 +48,7 @@ def commands() -> str:
             continue
         seen[module] = name
         parser = parser_of(name)
-        lines += [_line(parser.description or ""), "", "| Flag | Value | Meaning |", "|---|---|---|"]
+        lines += [one_line(parser.description or ""), "", "| Flag | Value | Meaning |", "|---|---|---|"]
         lines += [_row(action) for action in parser._actions if action.dest != "help"]
     return "\n".join(lines) + "\n"
 
@@ -85,9 +86,25 @@ def passes() -> str:
     return "\n".join(lines) + "\n"
 
 
+def evaluators() -> str:
+    """Return the text of evaluators.md."""
+    lines = ["# Metrics and evaluators", "", NOTE, "", "How to use them: [evaluate.md](evaluate.md)."]
+    lines += ["", "## Metrics", ""]
+    lines += ["| Metric | Better | Unit | Meaning | Evaluator |", "|---|---|---|---|---|"]
+    givers = {metric: name for name in EVALUATORS for metric in evaluator_class(name).names}
+    for name, metric in METRICS.items():
+        better = "less" if metric.direction == "minimize" else "more"
+        lines.append(f"| `{name}` | {better} | {metric.unit} | {metric.help} | [{givers[name]}](#{givers[name]}) |")
+    for name in EVALUATORS:
+        kind = evaluator_class(name)
+        lines += ["", f"## {name}", "", *_paragraphs(kind), ""]
+        lines += [f"Measures: {', '.join(kind.kinds)}.", "", *_fields(kind)]
+    return "\n".join(lines) + "\n"
+
+
 def _paragraphs(kind: type) -> Iterator[str]:
     for i, part in enumerate(inspect.cleandoc(kind.__doc__ or "").split("\n\n")):
-        yield from ([""] if i else []) + [_line(part)]
+        yield from ([""] if i else []) + [one_line(part)]
 
 
 def _fields(kind: type[Config]) -> Iterator[str]:
@@ -96,25 +113,15 @@ def _fields(kind: type[Config]) -> Iterator[str]:
         return
     yield from ("| Field | Type | Default | Meaning |", "|---|---|---|---|")
     for name, field in kind.model_fields.items():
-        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        limits = "".join(f", {word} {value}" for word, value in _limits(field.metadata))
-        yield f"| `{name}` | {_type(field.annotation)}{limits} | {default} | {_cell(field.description or '')} |"
+        default = field.get_default(call_default_factory=True)
+        words = "required" if field.is_required() else default_of(default).removesuffix(" by default")
+        kinds = type_of(field.annotation, NAMES) + limits(field.metadata)
+        yield f"| `{name}` | {kinds} | {words} | {_cell(field.description or '')} |"
 
 
-def _limits(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
-    for item in metadata:
-        for attribute, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
-            if getattr(item, attribute, None) is not None:
-                yield word, getattr(item, attribute)
-
-
-NAMES: dict[type, str] = {
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-    str: "text",
+NAMES: dict[type, str] = WORDS | {
     Pass: "pass",
-    DataSpec: "[data set](#data-sets)",
+    DataSpec: "[data set](passes.md#data-sets)",
     InputModel: "[input_model](#input_model)",
     Target: "[target](#target)",
     Verification: "[verify](#verify)",
@@ -124,39 +131,14 @@ NAMES: dict[type, str] = {
 }
 
 
-def _type(kind: Any) -> str:
-    if kind in NAMES:
-        return NAMES[kind]
-    parts = [part for part in get_args(kind) if part is not type(None)]
-    if get_origin(kind) is Literal:
-        return " or ".join(f"`{part}`" for part in parts)
-    if get_origin(kind) is tuple:
-        return f"list of {_type(parts[0])}"
-    if get_origin(kind) is dict:
-        return "options by name"
-    # a union, or a type with annotations that are no types
-    return " or ".join(_type(part) for part in parts if isinstance(part, type) or get_origin(part))
-
-
-def _default(value: Any) -> str:
-    if value is None or value in ((), {}):
-        return "none"
-    if isinstance(value, Config):
-        return "its defaults"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
-
-
-def _line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().replace("``", "`")
-
-
 def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|").replace("*.", "\\*.")
+    return one_line(text).replace("|", "\\|").replace("*.", "\\*.")
 
 
 def pages() -> dict[Path, str]:
     """Return every generated file with its text."""
-    return {DOCS / "commands.md": commands(), DOCS / "passes.md": passes()}
+    texts = {"commands.md": commands(), "passes.md": passes(), "evaluators.md": evaluators()}
+    return {DOCS / name: text for name, text in texts.items()} | {schema.FILE: schema.text()}
 
 
 if __name__ == "__main__":

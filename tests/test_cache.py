@@ -126,3 +126,18 @@ def test_only_unchanged_folders_of_ours_are_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a was changed or added"):
         check_replaceable(out, overwrite=False)
     check_replaceable(out, overwrite=True)
+
+
+def test_an_output_takes_the_files_of_a_store_that_ends_with_the_run(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    target.mkdir()
+    (source / "own").write_text("1")
+    (source / "shared").write_text("2")
+    (tmp_path / "elsewhere").hardlink_to(source / "shared")
+    lay(source, target, move=True)
+    assert sorted(path.name for path in source.iterdir()) == ["shared"]
+    assert (target / "own").read_text() == "1"
+    (target / "shared").chmod(0o644)
+    (target / "shared").write_text("changed")
+    assert (tmp_path / "elsewhere").read_text() == "2"

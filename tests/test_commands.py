@@ -13,7 +13,10 @@ import pytest
 import yaml
 
 from olive.cli import main
+from olive.config import dump, load
 from olive.model import digests, read_manifest
+from olive.passes import PASSES
+from olive.schema import FILE
 from places import LAB_MODEL, TEMPLATE, TRAVEL
 
 QUICK = ["--verify", "files"]
@@ -226,7 +229,10 @@ MODEL_AND_OUT = ["-m", str(LAB_MODEL), "-o", "out"]
         ),
         (["finetune", *MODEL_AND_OUT], ["give data to train on"]),
         (["auto-opt", *MODEL_AND_OUT, "--adapter_path", "nowhere"], ["nowhere", "no adapter_config.json"]),
-        (["auto-opt", *MODEL_AND_OUT, "--device", "gpu"], ["decoder does not build for CUDAExecutionProvider yet"]),
+        (
+            ["auto-opt", *MODEL_AND_OUT, "--device", "gpu", "--provider", "CPUExecutionProvider"],
+            ["provider CPUExecutionProvider does not run on device gpu", "CUDAExecutionProvider"],
+        ),
         (
             ["auto-opt", *MODEL_AND_OUT, "--provider", "CUDAExecutionProvider"],
             ["CUDAExecutionProvider does not run on device cpu", "use CPUExecutionProvider"],
@@ -457,3 +463,50 @@ def test_hub_ids_come_from_the_cache_when_offline(tmp_path: Path, monkeypatch: p
     assert manifest is not None
     assert manifest["source"]["model"] == "microsoft/Phi-3.5-mini-instruct"
     assert manifest["source"]["revision"] == commit
+
+
+def test_set_changes_what_the_file_says_and_plan_tells_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text(yaml.safe_dump({"input_model": {"path": str(LAB_MODEL)}, "passes": [{"type": "rtn"}],
+                                    "output_dir": str(tmp_path / "out")}))  # fmt: skip
+    more = ["--set", "passes.rtn.bits=8", "seed=3", "--set", "passes.0.group_size=64"]
+    assert main(["plan", str(file), *more]) == 0
+    assert "bits=8, group_size=64" in capsys.readouterr().out
+    assert main(["run", str(file), *more, "--verify", "files", "--save_config_file", str(tmp_path / "s.yaml")]) == 0
+    saved = yaml.safe_load((tmp_path / "s.yaml").read_text())
+    assert (saved["seed"], saved["passes"][0]["bits"], saved["passes"][0]["group_size"]) == (3, 8, 64)
+    assert "did you mean 'bits'" in refusal(capsys, ["run", str(file), "--set", "passes.rtn.bit=8"])
+    assert "give a workflow file: olive plan workflow.yaml" in refusal(capsys, ["plan"])
+
+
+def test_passes_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"\n{name} " in f"\n{told}" for name in PASSES)
+    assert main(["passes", "lora"]) == 0
+    told = capsys.readouterr().out
+    assert "  rank (whole number, at least 1; `16` by default)\n      Rank of the updates.\n" in told
+    assert "  max_seq_len (whole number, at least 2; `512` by default)" in told
+    assert "unknown pass 'lore'; did you mean 'lora'?" in refusal(capsys, ["passes", "lore"])
+
+
+def test_schema_prints_the_shipped_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def test_numbers_in_a_file_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text("{overrides: {'*.o_proj': 8:32}, rate: 1e-3, whole: 12, hex: 0x10, zero: 010, text: '1e5'}")
+    data = load(file)
+    assert data == {
+        "overrides": {"*.o_proj": "8:32"},
+        "rate": 1e-3,
+        "whole": 12,
+        "hex": 16,
+        "zero": "010",
+        "text": "1e5",
+    }
+    assert yaml.safe_load(dump(data)) == data  # a reader of 1.1 reads the same
+    file.write_text(dump(data))
+    assert load(file) == data

@@ -53,7 +53,7 @@ def command_lines() -> Iterator[tuple[str, str]]:
                 yield name_of(path), line.strip()
 
 
-@pytest.mark.parametrize("page", ["commands.md", "passes.md"])
+@pytest.mark.parametrize("page", ["commands.md", "passes.md", "evaluators.md"])
 def test_the_reference_is_what_the_code_says(page: str) -> None:
     path = ROOT / "docs" / page
     pages = runpy.run_path(str(path.with_name("generate.py")))["pages"]()

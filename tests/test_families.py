@@ -44,7 +44,7 @@ def test_any_architecture_with_linear_layers_is_quantized(family: str, algorithm
 def test_an_unknown_family_is_built_by_genai_and_said_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    tiny.checkpoint(tmp_path / "hf", "granite")
+    tiny.checkpoint(tmp_path / "hf", "gemma", head_dim=16)
     argv = ["auto-opt", "-m", str(tmp_path / "hf"), "-o", str(tmp_path / "onnx"), "--max_kl", "0.01"]
     assert main(argv) == 0
     assert "using GenAI's model builder" in caplog.text

@@ -130,9 +130,9 @@ def test_goals_are_told_with_their_value() -> None:
         .rows
     )
     assert rows == [
-        {"goal": "loss <= input + 5%", "met": True, "value": 2.05},
-        {"goal": "speed >= input - 1", "met": False, "value": 3.0},
-        {"goal": "size minimal", "met": None, "value": 7.0},
+        {"goal": "loss <= input + 5%", "met": True, "value": 2.05, "bound": 2.1},
+        {"goal": "speed >= input - 1", "met": False, "value": 3.0, "bound": 4.0},
+        {"goal": "size minimal", "met": None, "value": 7.0, "bound": None},
     ]
 
 

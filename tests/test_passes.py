@@ -78,9 +78,11 @@ def test_keys_are_the_same_in_another_process(name: str, tmp_path: Path) -> None
         "made = read_workflow(json.loads(sys.argv[1]))\nprint(step_key(made.passes[-1], 'input', made, 'cpu'))"
     )
     import json
+    import os
 
     argv = [sys.executable, "-c", code, json.dumps(as_data(made))]
-    there = subprocess.run(argv, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"})
+    env = {"PYTHONHASHSEED": "7", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    there = subprocess.run(argv, capture_output=True, text=True, check=True, env=env)
     assert there.stdout.strip() == here
 
 

@@ -48,6 +48,28 @@ EXPERTS = {
 }  # fmt: skip
 """What families with experts need besides SIZES."""
 
+DECODERS: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 24},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 16, "num_hidden_layers": 6, "query_pre_attn_scalar": 24},
+    "gpt2": {},
+    "gpt_neox": {"hidden_size": 256},
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4,
+                "logits_scaling": 1.7},
+    "llama": {"rope_parameters": LLAMA3},
+    "mistral": {"sliding_window": 16},
+    "mixtral": {"sliding_window": 16},
+    "olmo2": {},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "phi3": {"sliding_window": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {},
+    "smollm3": {"num_hidden_layers": 4},
+    "stablelm": {"hidden_size": 256},
+    "starcoder2": {"sliding_window": 16},
+}  # fmt: skip
+"""What each family that olive builds needs besides SIZES, with windows that a short text crosses."""
+
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 VISION: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {

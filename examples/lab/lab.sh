@@ -18,4 +18,4 @@ python app.py "what is the best thing to see in chicago"
 echo
 echo "the lab took $(($(date +%s) - started)) s"
 echo "checkpoint before: $(du -sh model | cut -f1)  ONNX after: $(du -sh models/phi/onnx-ao/model | cut -f1)"
-echo "report: examples/lab/models/phi/onnx-ao.report.json"
+echo "report: examples/lab/models/phi/onnx-ao.report.html"

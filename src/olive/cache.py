@@ -13,14 +13,19 @@ import os
 import shutil
 import tempfile
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olive.errors import ConfigError, PassError
 from olive.model import digests, files, read_manifest, sha256
+
+if TYPE_CHECKING:
+    from olive.shared import Shared
 
 LINK_ABOVE = 1 << 20
 """Files of at least this many bytes are shared with an output by hard link, smaller ones are copied."""
@@ -38,35 +43,88 @@ class Entry:
 
 
 class Cache:
+    """The store under one folder; safe under concurrent processes of one machine. ``shared`` is a store that several
+    machines read from and write to as well."""
+
     """The store under one folder; safe under concurrent processes of one machine."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, shared: Shared | None = None, *, kept: bool = True) -> None:
+        """``shared``: a store that several machines read and write as well. ``kept``: entries outlive the run; else an
+        output may take their files."""
+        self.root, self.shared, self.kept = root, shared, kept
         self._digests: dict[str, str] | None = None
         self._digesting = threading.Lock()
+        self._uses: list[Path] = []
 
-    def _folder(self, key: str) -> Path:
+    def folder(self, key: str) -> Path:
+        """Return where an entry lies, or would lie."""
         return self.root / "entries" / key[:2] / key
 
+    def has(self, key: str) -> str | None:
+        """Say where a finished step is, ``here`` or ``shared``, without fetching it; None if nowhere."""
+        if self._local(key) is not None:
+            return "here"
+        return "shared" if self.shared is not None and self.shared.has(key) else None
+
     def get(self, key: str) -> Entry | None:
-        """Return a finished step, or None."""
-        folder = self._folder(key)
+        """Return a finished step, or None; one that only the shared store has is fetched."""
+        entry = self._local(key) or self._fetch(key)
+        if entry is not None:
+            with suppress(OSError):  # a folder that others write: the time of the last use is not worth a failure
+                os.utime(self.folder(key) / "step.json")
+            self._mark(key)
+        return entry
+
+    def _local(self, key: str) -> Entry | None:
+        folder = self.folder(key)
         try:
+            number = folder.stat().st_ino
             record = json.loads((folder / "step.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise PassError(f"{folder}: broken cache entry ({error}); delete this folder and run again") from None
+            todo = "run: olive cache verify --repair"
+            raise PassError(f"{folder}: broken cache entry ({error}); {todo}") from None
         entry = Entry(key, folder / "files", record)
         if self._changed(entry):  # an edit through a shared file, or a failing disk: make it again
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                if folder.stat().st_ino == number:  # not one that another process has made anew
+                    self.discard(key)
             return None
         return entry
+
+    def _fetch(self, key: str) -> Entry | None:
+        record = self.shared.record(key) if self.shared is not None else None
+        if self.shared is None or record is None:
+            return None
+        with self.stage(key) as staged:
+            if not self.shared.fetch(record, staged / "files"):
+                return None
+            return self._local(key) or self._store(key, staged, record)
+
+    def _mark(self, key: str) -> None:
+        for use in self._uses:
+            with use.open("a", encoding="utf-8") as keys:
+                keys.write(key + "\n")
+
+    def discard(self, key: str) -> None:
+        """Remove an entry; it disappears at once, however long deleting its files takes."""
+        rubbish = self.root / "building" / f"{uuid.uuid4().hex[:16]}.{os.getpid()}"
+        rubbish.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            self.folder(key).rename(rubbish)
+            shutil.rmtree(rubbish, ignore_errors=True)
 
     def _changed(self, entry: Entry) -> list[str]:
         """List the files that are no longer what the step wrote, by the digests remembered for unchanged files."""
         paths = {entry.files / name: digest for name, digest in entry.record.get("files", {}).items()}
-        return [str(path) for path, digest in paths.items() if not path.is_file() or self.digest(path) != digest]
+        return [str(path) for path, digest in paths.items() if self._digest_of(path) != digest]
+
+    def _digest_of(self, path: Path) -> str | None:
+        try:
+            return self.digest(path)
+        except FileNotFoundError:
+            return None
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
@@ -79,12 +137,29 @@ class Cache:
             yield
 
     @contextmanager
+    def using(self) -> Iterator[None]:
+        """Mark the entries that are taken within as in use, so that :mod:`olive.inventory` leaves them alone; the mark
+        is a lock, which the system drops when a process is killed."""
+        from filelock import FileLock
+
+        folder = self.root / "locks" / "used"
+        folder.mkdir(parents=True, exist_ok=True)
+        use = folder / f"{uuid.uuid4().hex}.keys"
+        with FileLock(use.with_suffix(".lock")):
+            use.touch()
+            self._uses.append(use)
+            try:
+                yield
+            finally:
+                self._uses.remove(use)
+                use.unlink()
+        use.with_suffix(".lock").unlink(missing_ok=True)
+
+    @contextmanager
     def stage(self, key: str) -> Iterator[Path]:
         """Yield an empty folder to build an entry in; what :meth:`put` did not take is removed."""
         sweep(self.root / "building", "*.*")
-        folder = self.root / "building" / f"{key[:16]}.{os.getpid()}"
-        with suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+        folder = self.root / "building" / f"{key[:8]}-{uuid.uuid4().hex[:8]}.{os.getpid()}"
         (folder / "files").mkdir(parents=True)
         try:
             yield folder
@@ -92,12 +167,19 @@ class Cache:
             shutil.rmtree(folder, ignore_errors=True)
 
     def put(self, key: str, staged: Path, record: dict[str, Any]) -> Entry:
-        """Store a staged entry: its files become read-only, and it appears at once."""
+        """Store a staged entry, here and in the shared store: its files become read-only, and it appears at once."""
+        entry = self._store(key, staged, {"made": round(time.time(), 3), **record})
+        self._mark(key)
+        if self.shared is not None:
+            self.shared.put(key, entry.record, entry.files)
+        return entry
+
+    def _store(self, key: str, staged: Path, record: dict[str, Any]) -> Entry:
         (staged / "step.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for path in (staged / "files").rglob("*"):
             if path.is_file() and path.stat().st_mode & 0o222:
                 path.chmod(0o444)
-        folder = self._folder(key)
+        folder = self.folder(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         staged.rename(folder)
         return Entry(key, folder / "files", record)
@@ -139,12 +221,18 @@ def default_root() -> Path:
     return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "olive"
 
 
-def lay(source: Path, target: Path) -> None:
-    """Lay out the files of ``source``, its manifest aside; large ones share their bytes where that is safe."""
-    for name in files(source):
+def lay(source: Path, target: Path, *, move: bool = False) -> None:
+    """Lay out the files of ``source``, its manifest aside; large ones share their bytes where that is safe.
+
+    ``move``: nobody needs them in ``source`` any longer.
+    """
+    for name in list(files(source)):
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(source / name, place)
+        if move and (source / name).stat().st_nlink == 1:  # a link is somebody else's file too
+            shutil.move(source / name, place)
+        else:
+            link_or_copy(source / name, place)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -100,7 +101,7 @@ def load(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return json.loads(text) if path.suffix == ".json" else read_yaml(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except yaml.YAMLError as error:
@@ -109,8 +110,38 @@ def load(path: Path) -> Any:
         raise ConfigError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
 
 
+def read_yaml(text: str) -> Any:
+    """Read YAML with the numbers of version 1.2: 1e-3 is a number, and 8:32 is text, not 512."""
+    import yaml
+
+    return yaml.load(text, Loader=_yaml_classes()[0])
+
+
 def dump(data: Any) -> str:
     """Write plain data as YAML, keys in the order given."""
     import yaml
 
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(data, Dumper=_yaml_classes()[1], sort_keys=False, allow_unicode=True, width=120)
+
+
+@cache
+def _yaml_classes() -> tuple[Any, Any]:
+    """Return PyYAML's safe loader with 1.2's numbers, and a dumper that quotes text which is a number in 1.1 or 1.2."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("int", "float")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    whole = re.compile(r"[-+]?(0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$")
+    number = re.compile(r"[-+]?((\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)$|\.nan$")
+    for kind in (Loader, Dumper):
+        kind.add_implicit_resolver("tag:yaml.org,2002:int", whole, list("-+0123456789"))
+        kind.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader, Dumper

@@ -9,19 +9,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from olive import __version__, verify
 from olive.cache import Cache, Entry, check_replaceable, lay, output_lock, swap, sweep
 from olive.errors import PassError
+from olive.estimate import observe, weights
 from olive.evaluate.evaluators import Evaluator
 from olive.goals import Judge, metric_names, source_metrics
+from olive.lock import lock
 from olive.measure import Subject, measure
 from olive.model import FORMAT_VERSION, Model, digests, files, write_manifest
 from olive.passes.base import Context
 from olive.plan import Plan, Step, code_digest, step_digest, version
+from olive.rates import Rates
 from olive.report import Report, StepRecord, all_fallbacks
+from olive.resources import Watch
 from olive.workflow import as_data, without_places
 
 VERIFIED_BY = ("olive.verify", "olive.evaluate", "olive.runtime", "olive.data", "olive.quant", "olive.decoder")
@@ -45,7 +50,12 @@ class Made:
 
 def make(plan: Plan, cache: Cache, progress: Progress = lambda *_: None) -> Made:
     """Run the plan's steps, or take them from the cache; nothing is laid out."""
-    report = Report(as_data(plan.workflow), str(plan.output), source_bytes=_size(plan.source.path))
+    report = Report(
+        as_data(plan.workflow),
+        str(plan.output),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        source_bytes=_size(plan.source.path),
+    )
     model, before = plan.source, plan.source
     entry: Entry | None = None
     input_key = plan.source_key
@@ -58,7 +68,8 @@ def make(plan: Plan, cache: Cache, progress: Progress = lambda *_: None) -> Made
                 entry = _run_step(step, model, input_key, plan, cache, progress)
         before, input_key, model = model, step.key, _open(entry, plan.source.trust_remote_code)
         seconds = time.perf_counter() - started
-        report.steps.append(StepRecord(step.name, step.key, cached, seconds, entry.record["facts"]))
+        facts = entry.record["facts"]
+        report.steps.append(StepRecord(step.name, step.key, cached, seconds, facts, _reason(step, cached)))
     assert entry is not None  # a workflow has at least one pass
     return Made(model, before, entry, report)
 
@@ -73,10 +84,19 @@ def run(plan: Plan, cache: Cache, *, overwrite: bool = False, progress: Progress
     _measure(plan, made, cache, progress)
     manifest = _manifest(plan, made.entry, report)
     with _disk_space(plan.output):
-        _commit(made.entry, manifest, plan.output, overwrite, cache.digest)
+        _commit(made.entry, manifest, plan.output, overwrite, cache)
     report.output_bytes = _size(plan.output / made.entry.record["model"])
+    report.sizes = {name: (plan.output / name).stat().st_size for name in made.entry.record["files"]}
+    report.lock = lock(plan, [step.cached for step in report.steps], made.entry.record["files"], cache.digest)
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _reason(step: Step, cached: bool) -> str:
+    """Say why a step ran or did not; the plan's reason is outdated if another run made the entry since, or lost it."""
+    if cached == step.cached:
+        return step.reason
+    return "made by another run meanwhile" if cached else "its cache entry is gone"
 
 
 def measured_source(plan: Plan, cache: Cache) -> dict[str, float]:
@@ -117,18 +137,26 @@ def _run_step(step: Step, model: Model, input_key: str, plan: Plan, cache: Cache
             target=plan.workflow.target,
             compute_device=plan.compute_device,
             seed=plan.workflow.seed,
+            digest=cache.digest,
             note=facts.update,
             progress=progress,
         )
-        result = step.work.run(model, context)
+        began = time.perf_counter()
+        with Watch() as watch:
+            result = step.work.run(model, context)
+        seconds = time.perf_counter() - began
         record = {
             "pass": step.name,
+            "parts": dict(step.parts),
+            "origin": dict(step.origin),
+            "seconds": round(seconds, 3),
             "kind": result.kind,
             "model": result.path.relative_to(out).as_posix(),
             "adapters": {name: path.relative_to(out).as_posix() for name, path in result.adapters.items()},
             "facts": facts,
             "files": digests(out, cache.digest),
         }
+        Rates(cache.root).add(observe(step.work, weights(model), plan.compute_device, seconds, watch.peak))
         return cache.get(step.key) or cache.put(step.key, staged, record)
 
 
@@ -143,15 +171,14 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
     asked = plan.workflow.verify
     if asked.level == "none":
         return {}
-    key = step_digest(
-        {
-            "verify": asked.model_dump(),
-            "model": entry.key,
-            "source": plan.source_key,
-            "code": [code_digest(name) for name in VERIFIED_BY],
-            "versions": [version(name) for name in ("torch", "transformers", "onnxruntime", "onnxruntime-genai")],
-        }
-    )
+    parts = {
+        "verify": asked.model_dump(),
+        "model": entry.key,
+        "source": plan.source_key,
+        "code": {name: code_digest(name) for name in VERIFIED_BY},
+        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime", "onnxruntime-genai")},
+    }
+    key = step_digest(parts)
     known = cache.get(key)
     if known is not None:
         return known.record["facts"]
@@ -159,6 +186,9 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
     bits = entry.record["facts"].get("bits", {})
     compared = asked.level == "full" and any(step.work.changes_model for step in plan.steps)
     figures: dict[str, Any] = {"level": "full" if compared else "files", **verify.check_files(model, bits)}
+    if compared and model.kind == "onnx":
+        strict = asked.tokenizer == "same"
+        figures["tokenizer"] = verify.check_tokenizer(model, plan.source, strict=strict)
     if compared:
         figures |= verify.check_quality(
             model,
@@ -167,11 +197,12 @@ def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache,
             bits=bits,
             max_kl=asked.max_kl,
             device=plan.compute_device,
+            provider=plan.workflow.target.execution_provider(),
         )
     progress("verify", 1, 1)
     with cache.lock(key), cache.stage(key) as staged:
         if cache.get(key) is None:
-            cache.put(key, staged, {"pass": "verify", "facts": figures, "files": {}})
+            cache.put(key, staged, {"pass": "verify", "parts": parts, "facts": figures, "files": {}})
     return figures
 
 
@@ -203,18 +234,16 @@ def _manifest(plan: Plan, entry: Entry, report: Report) -> dict[str, Any]:
     }
 
 
-def _commit(
-    entry: Entry, manifest: Mapping[str, Any], output: Path, overwrite: bool, digest: Callable[[Path], str]
-) -> None:
+def _commit(entry: Entry, manifest: Mapping[str, Any], output: Path, overwrite: bool, cache: Cache) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output_lock(output):  # two processes may write the same output: one after the other
         sweep(output.parent, f".{output.name}.building.*")
         staged = output.parent / f".{output.name}.building.{os.getpid()}"
         staged.mkdir()
         try:
-            lay(entry.files, staged)
+            lay(entry.files, staged, move=not cache.kept)
             write_manifest(staged, manifest)
-            check_replaceable(output, overwrite, digest)
+            check_replaceable(output, overwrite, cache.digest)
             swap(staged, output)
         finally:
             shutil.rmtree(staged, ignore_errors=True)

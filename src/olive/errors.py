@@ -1,6 +1,7 @@
 """Errors that a user can act on, each with the exit code of the command that ends with it.
 
-Exit codes: 0 done, 1 the run failed, 2 the input was at fault, 3 verification failed, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the input was at fault, 3 verification failed or a reproduced file differs, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class PassError(OliveError):
 
 
 class VerifyError(OliveError):
-    """A produced model failed its checks."""
+    """A produced model failed its checks, or is not what its lock says."""
 
     exit_code = 3
 

@@ -212,7 +212,8 @@ class Judge:
             beyond = 0.0 if bound is None else max(0.0, sign * (value - bound))
             values.append(sign * value)
             missed.append(beyond / max(abs(bound or 0), TINY))
-            rows.append({"goal": text, "met": None if bound is None else beyond == 0, "value": value})
+            met = None if bound is None else beyond == 0
+            rows.append({"goal": text, "met": met, "value": value, "bound": bound})
             if goal.hard and bound is not None:
                 hard[text] = missed[-1]
         objectives = (values[place] if self._bounds[place] is None else missed[place] for place in self._order)

@@ -10,8 +10,8 @@ import hashlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from typing import Any
 from olive import model as models
 from olive.cache import Cache, check_replaceable
 from olive.data.spec import DataSpec
-from olive.errors import ConfigError
+from olive.errors import ConfigError, MissingDependency
+from olive.estimate import Need, after, need, weights
 from olive.model import Model
 from olive.passes import pass_name
 from olive.passes.base import Pass
+from olive.rates import Rates
 from olive.remote import fetch
 from olive.target import compute_device
 from olive.workflow import Workflow
@@ -37,6 +39,12 @@ class Step:
     work: Pass
     cached: bool
     reason: str
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """What the key is the digest of."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Where the input comes from: ``step``, the pass before; or ``model``, with the digests of its ``files``."""
+    need: Need | None = None
+    """What running it takes; None if it is cached."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +72,17 @@ def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
     output = check_places(workflow, inputs, cache, overwrite=overwrite)
     device = compute_device(workflow.compute_device)
     source_key = _source_key(source, cache.digest)
-    steps, key = [], source_key
-    for step in workflow.passes:
-        key = step_key(step, key, workflow, device)
-        cached = cache.get(key) is not None and not step.missing()
-        steps.append(
-            Step(pass_name(step), key, step, cached, "same key in the cache" if cached else "not in the cache")
-        )
+    name = workflow.input_model.path if revision else inputs[0].resolve().name
+    origin: dict[str, Any] = {"model": name, "files": models.digests(source.path, cache.digest)}
+    steps, key, sizes, rates = [], source_key, weights(source), Rates(cache.root)
+    for work in workflow.passes:
+        parts = key_parts(work, key, workflow, device)
+        key = step_digest(parts)
+        where = None if work.missing() else cache.has(key)
+        made = after(work, sizes, workflow.target.execution_provider())
+        needed = None if where else need(work, sizes, made.size, device, rates)
+        steps.append(Step(pass_name(work), key, work, where is not None, REASONS[where], parts, origin, needed))
+        origin, sizes = {"step": pass_name(work)}, made
     return Plan(workflow, source, source_key, revision, tuple(steps), device, output)
 
 
@@ -91,13 +103,21 @@ def check_places(workflow: Workflow, inputs: list[Path], cache: Cache, *, overwr
     _check_output(output, inputs, kept)
     writable(cache.root, f"{cache.root}: the cache cannot be written; set OLIVE_CACHE_DIR")
     check_replaceable(output, overwrite, cache.digest)
-    _check_report(output, overwrite)
+    for what in BESIDE:
+        check_beside(beside(output, what), what, overwrite)
     return output
+
+
+REASONS = {"here": "same key in the cache", "shared": "same key in the shared cache", None: "not in the cache"}
 
 
 def _check_passes(kind: str, workflow: Workflow) -> None:
     provider = workflow.target.execution_provider()
     for i, step in enumerate(workflow.passes):
+        lacking = [name for name in step.libraries if importlib.util.find_spec(module_of(name)) is None]
+        if lacking:
+            todo = f"run: pip install {' '.join(lacking)}"
+            raise MissingDependency(f"passes.{i}: {pass_name(step)} needs {', '.join(lacking)}; {todo}")
         if step.targets and provider not in step.targets:
             built = ", ".join(step.targets)
             raise ConfigError(f"passes.{i}: {pass_name(step)} does not build for {provider} yet; it builds for {built}")
@@ -136,16 +156,25 @@ def writable(folder: Path, what: str) -> None:
         raise ConfigError(f"{what} ({existing}: {error.strerror}); choose another place") from None
 
 
-def _check_report(output: Path, overwrite: bool) -> None:
-    """The report goes beside the output: refuse to replace a file there that is not one."""
-    path = report_path(output)
-    if path.exists() and not overwrite and not path.read_bytes()[:16].startswith(b'{\n "workflow"'):
-        raise ConfigError(f"{path}: is in the way of the report and not one of ours; move it or give --overwrite")
+BESIDE = {
+    "report.json": b'{\n "workflow"',
+    "report.html": b"<!DOCTYPE html>\n<!-- Olive report -->",
+    "lock.json": b'{\n "format": "olive-lock"',
+}
+"""Files that are written beside an output, and how those of ours begin."""
 
 
-def report_path(output: Path) -> Path:
-    """Return where an output's report goes."""
-    return output.with_name(output.name + ".report.json")
+def check_beside(path: Path, what: str, overwrite: bool) -> None:
+    """Report and lock go beside the output: refuse to replace a file there that is neither."""
+    if path.exists() and not overwrite and not (path.is_file() and path.read_bytes().startswith(BESIDE[what])):
+        raise ConfigError(
+            f"{path}: is in the way of the {what.split('.')[0]} and not one of ours; move it or give --overwrite"
+        )
+
+
+def beside(output: Path, what: str) -> Path:
+    """Return where a file that accompanies an output goes, as ``OUTPUT.report.json``."""
+    return output.with_name(f"{output.name}.{what}")
 
 
 def _source_key(source: Model, digest: Callable[[Path], str]) -> str:
@@ -160,21 +189,24 @@ def _source_key(source: Model, digest: Callable[[Path], str]) -> str:
 
 def step_key(step: Pass, input_key: str, workflow: Workflow, device: str) -> str:
     """Digest everything that decides a step's result."""
-    return step_digest(
-        {
-            "input": input_key,
-            "pass": pass_name(step),
-            "options": step.model_dump(mode="json", exclude={name: {"files"} for name in _data(step)}),
-            "seed": workflow.seed,
-            "device": device,
-            "target": workflow.target.execution_provider() if step.targets else None,
-            "trust_remote_code": workflow.input_model.trust_remote_code,
-            "data": _data_digests(step),
-            "folders": [models.fingerprint(folder) for folder in step.folders()],
-            "code": {name: code_digest(name) for name in step.sources},
-            "versions": {name: version(name) for name in step.libraries},
-        }
-    )
+    return step_digest(key_parts(step, input_key, workflow, device))
+
+
+def key_parts(step: Pass, input_key: str, workflow: Workflow, device: str) -> dict[str, Any]:
+    """Return everything that decides a step's result."""
+    return {
+        "input": input_key,
+        "pass": pass_name(step),
+        "options": step.model_dump(mode="json", exclude={name: {"files"} for name in _data(step)}),
+        "seed": workflow.seed,
+        "device": device,
+        "target": workflow.target.execution_provider() if step.targets else None,
+        "trust_remote_code": workflow.input_model.trust_remote_code,
+        "data": _data_digests(step),
+        "folders": [models.fingerprint(folder) for folder in step.folders()],
+        "code": {name: code_digest(name) for name in step.sources},
+        "versions": {name: version(name) for name in step.libraries},
+    }
 
 
 def _data(step: Pass) -> dict[str, DataSpec]:
@@ -193,11 +225,17 @@ def _data_digests(step: Pass) -> dict[str, str]:
 
 
 def version(distribution: str) -> str:
-    """Return the version of an installed distribution."""
+    """Return the version of an installed distribution, or of another that brings the same module (onnxruntime-gpu)."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "none"
+        others = metadata.packages_distributions().get(module_of(distribution), [])
+        return f"{others[0]} {metadata.version(others[0])}" if others else "none"
+
+
+def module_of(distribution: str) -> str:
+    """Return the module that a distribution brings."""
+    return distribution.replace("-", "_")
 
 
 def code_digest(module: str) -> str:

@@ -10,9 +10,12 @@ from pydantic import model_validator
 from olive.config import Config
 from olive.errors import ConfigError
 
-PROVIDERS: dict[str, tuple[str, ...]] = {
+Provider = Literal[
+    "CPUExecutionProvider", "CUDAExecutionProvider", "WebGpuExecutionProvider", "DmlExecutionProvider"
+]  # fmt: skip
+PROVIDERS: dict[str, tuple[Provider, ...]] = {
     "cpu": ("CPUExecutionProvider",),
-    "gpu": ("CUDAExecutionProvider",),
+    "gpu": ("CUDAExecutionProvider", "WebGpuExecutionProvider", "DmlExecutionProvider"),
 }
 
 
@@ -21,7 +24,7 @@ class Target(Config):
 
     device: Literal["cpu", "gpu"] = "cpu"
     """Device that the model will run on."""
-    provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] | None = None
+    provider: Provider | None = None
     """ONNX Runtime execution provider that the model will run on; by default the device's first."""
 
     @model_validator(mode="after")
@@ -31,7 +34,7 @@ class Target(Config):
             raise ValueError(f"provider {self.provider} does not run on device {self.device}; use {', '.join(allowed)}")
         return self
 
-    def execution_provider(self) -> str:
+    def execution_provider(self) -> Provider:
         """Return the provider, the device's first if none was named."""
         return self.provider or PROVIDERS[self.device][0]
 

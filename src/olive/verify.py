@@ -7,6 +7,7 @@ model in the runtime that will use it, generates with it, and compares it with i
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,8 @@ from typing import Any
 
 from olive.errors import VerifyError
 from olive.model import Model
+
+log = logging.getLogger("olive")
 
 WINDOWS = 4
 WINDOW_TOKENS = 256
@@ -28,7 +31,8 @@ def check_files(model: Model, bits: Mapping[str, Any]) -> dict[str, Any]:
     """Check the files of a model; ``bits`` is what each linear should have (a number, or ``float``)."""
     found = _onnx_bits(model.path) if model.kind == "onnx" else _checkpoint_bits(model.path)
     for module, asked in bits.items():
-        packed = re.sub(r"\.[qkv]_proj$", ".qkv_proj", module)  # one node may hold the three
+        # one node may hold queries, keys and values, or all experts of a layer
+        packed = re.sub(r"(\.experts)\.\d+\..+$", r"\1", re.sub(r"\.[qkv]_proj$", ".qkv_proj", module))
         real = found.get(module, found.get(packed, "float"))
         if real != asked:
             raise VerifyError(f"{module}: asked for {asked} bits, found {real} in the files")
@@ -61,14 +65,16 @@ def _onnx_bits(folder: Path) -> dict[str, int]:
     _check_genai(folder, {value.name for value in graph.input})
     found = {}
     for node in graph.node:
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
-            bits = next(a.i for a in node.attribute if a.name == "bits")
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized", "QMoE"):
+            bits = next(a.i for a in node.attribute if a.name in ("bits", "expert_weight_bits"))
             ours = model.producer_name == "olive"  # then nodes are named after their modules
             found[node.name.rpartition(".")[0] if ours else node.name] = bits
     return found
 
 
 def _check_genai(folder: Path, inputs: set[str]) -> None:
+    from olive.decoder.tokenizer import load
+
     path = folder / "genai_config.json"
     if not path.is_file():
         return
@@ -79,13 +85,39 @@ def _check_genai(folder: Path, inputs: set[str]) -> None:
         needed |= {names["past_key_names"] % i, names["past_value_names"] % i}
     if missing := sorted(needed - inputs):
         raise VerifyError(f"{path}: names an input {missing[0]} that the graph does not have")
+    load(folder)
+
+
+def check_tokenizer(model: Model, source: Model, *, strict: bool) -> dict[str, Any]:
+    """Compare how GenAI reads text with tokenizer.json and with transformers; ``strict``: raise :class:`VerifyError` if
+    ordinary text, or a conversation in the chat template, is read otherwise than the file says."""
+    from olive.decoder.tokenizer import compare
+    from olive.runtime.torch_model import load_tokenizer
+
+    found = compare(load_tokenizer(source.path, source.trust_remote_code), model.path)
+    if strict and found.differences:
+        raise VerifyError(
+            f"{model.path / 'tokenizer.json'}: {found.differences[0]}; the model would get other tokens than it was "
+            "trained on; --verify_tokenizer any accepts that, if the program that runs the model reads text itself"
+        )
+    for note in (*found.differences, *found.notes):
+        log.warning("tokenizer: %s", note)
+    return {"reads_as_its_file": not found.differences, "notes": found.differences + found.notes}
 
 
 def check_quality(
-    model: Model, source: Model, *, reference: Model | None, bits: Mapping[str, Any], max_kl: float | None, device: str
+    model: Model,
+    source: Model,
+    *,
+    reference: Model | None,
+    bits: Mapping[str, Any],
+    max_kl: float | None,
+    device: str,
+    provider: str,
 ) -> dict[str, Any]:
     """Reload, generate and compare with the source; with adapters also against ``reference``, the model that has them
-    in PEFT form. Raises :class:`VerifyError` above ``max_kl``."""
+    in PEFT form. Raises :class:`VerifyError` above ``max_kl``. A graph for a ``provider`` that is not here is compared
+    as the CPU computes it, and does not generate."""
     from olive.data.rows import heldout_text
     from olive.data.samples import text_windows
     from olive.quant.formats.checkpoint import longest, read_config
@@ -96,7 +128,9 @@ def check_quality(
     ids = text_windows(heldout_text(), tokenizer, length, WINDOWS)
     lowest = min((b for b in bits.values() if isinstance(b, int)), default=16)
     limit = max_kl if max_kl is not None else DEFAULT_MAX_KL if lowest >= 4 else math.inf
-    generated = _generates(model, tokenizer)
+    generated = (
+        _generates(model, tokenizer) if _is_here(provider) else f"not run: {provider} is not in this onnxruntime"
+    )
     if not generated:
         raise VerifyError(f"{model.path.name}: generates nothing")
     figures = {"generates": generated, **_compare(source, None, model, None, ids, device, limit)}
@@ -105,6 +139,12 @@ def check_quality(
             with_adapter = _compare(reference, reference.adapters[name], model, file, ids, device, limit)
             figures[f"adapter {name}"] = with_adapter
     return figures
+
+
+def _is_here(provider: str) -> bool:
+    import onnxruntime
+
+    return provider in onnxruntime.get_available_providers()
 
 
 def _generates(model: Model, tokenizer: Any) -> int:

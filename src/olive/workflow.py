@@ -42,6 +42,9 @@ class Verification(Config):
     max_kl: float | None = Field(None, gt=0)
     """Largest KL divergence from the source (nats per token) before the run fails; by default 0.5 at 4 bits and more,
     no limit below."""
+    tokenizer: Literal["same", "any"] = "same"
+    """same: the run fails if GenAI reads ordinary text, or the chat template's, otherwise than tokenizer.json says;
+    any: that is only reported."""
 
 
 class Search(Config):

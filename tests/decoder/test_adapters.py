@@ -85,9 +85,9 @@ def test_further_adapters_need_no_rebuild(tmp_path: Path) -> None:
     train(tmp_path / "first", tmp_path / "hf", ALL, 16)
     tuned = train(tmp_path / "second", tmp_path / "hf", ["v_proj", "down_proj"], 4)
     build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options(), [tmp_path / "first"])
-    shapes = lora.convert(tmp_path / "second", tmp_path / "onnx", tmp_path / "b.onnx_adapter")
-    assert shapes["model.layers.1.self_attn.qkv_proj.lora_A.weight"] == (64, 4)
-    assert shapes["model.layers.1.self_attn.qkv_proj.lora_B.weight"] == (4, 128)
+    shapes = lora.convert(tmp_path / "second", tmp_path / "onnx", tmp_path / "b.onnx_adapter").facts()["shapes"]
+    assert shapes["model.layers.1.self_attn.qkv_proj.lora_A.weight"] == [64, 4]
+    assert shapes["model.layers.1.self_attn.qkv_proj.lora_B.weight"] == [4, 128]
     ids = tiny.ids(30)
     given = OnnxDecoder(tmp_path / "onnx", 1).logits(ids.numpy(), tmp_path / "b.onnx_adapter")
     assert np.abs(given - logits(tuned, ids)).max() < 1e-3
@@ -100,8 +100,10 @@ def test_inputs_are_named_after_the_checkpoint_and_listed_once(tmp_path: Path) -
     facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options(), [tmp_path / "a", tmp_path / "b"], "abc")
     modules = [f"model.layers.{i}.{m}" for i in (0, 1) for m in ("mlp.down_proj", "self_attn.qkv_proj")]
     assert facts["adapted"] == sorted(modules)
-    assert adapters.expected_inputs(tmp_path / "onnx")[f"{modules[0]}.lora_A.weight"] == (128, None)
-    assert adapters.metadata(tmp_path / "onnx") == ({}, "abc")
+    graph = adapters.read_graph(tmp_path / "onnx")
+    assert graph.inputs[f"{modules[0]}.lora_A.weight"].shape == (128, None)
+    assert list(graph.layout["packed"]) == [modules[1], modules[3]]
+    assert graph.base == "abc"
     inputs = [i.name for i in onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.input]
     assert len(inputs) == len(set(inputs)) == 2 + 4 + 8
 
@@ -155,13 +157,13 @@ def test_lora_on_lm_head_names_the_tensor(tmp_path: Path) -> None:
     tiny.checkpoint(tmp_path / "hf", "llama")
     train(tmp_path / "a", tmp_path / "hf", ["q_proj", "lm_head"], 4)
     with pytest.raises(ConfigError, match=r"tensor base_model\.model\.lm_head\.\S+: only LoRA on linears"):
-        peft.targets([tmp_path / "a"])
+        peft.read_peft(tmp_path / "a")
 
 
 def test_an_adapter_of_another_family_is_refused_before_building(tmp_path: Path) -> None:
     tiny.checkpoint(tmp_path / "hf", "phi3")
-    tiny.checkpoint(tmp_path / "other", "llama")
-    train(tmp_path / "a", tmp_path / "other", ["q_proj"], 4)
-    with pytest.raises(ConfigError, match=r"adapts model\.layers\.0\.self_attn\.q_proj, which the base does not have"):
+    tiny.checkpoint(tmp_path / "other", "gpt2")
+    train(tmp_path / "a", tmp_path / "other", ["c_attn"], 4, fan_in_fan_out=True)
+    with pytest.raises(ConfigError, match=r"adapts transformer\.h\.0\.attn\.c_attn, which the base does not have"):
         build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options(), [tmp_path / "a"])
     assert not (tmp_path / "onnx").exists()

@@ -50,7 +50,56 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2 with a window that is switched off": ("qwen2", {"use_sliding_window": False, "sliding_window": 16}),
     "qwen3 with a head size of its own": ("qwen3", {"head_dim": 32}),
-}
+    "llama with yarn": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                             "original_max_position_embeddings": 32}},
+    ),
+    "gemma2, beyond its window": ("gemma2", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 24}),
+    "gemma2 without caps": (
+        "gemma2", {"head_dim": 16, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3, beyond its window": (
+        "gemma3_text", {"head_dim": 16, "sliding_window": 16, "num_hidden_layers": 6, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3 with a scaled global rope": (
+        "gemma3_text",
+        {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    ),
+    "smollm3 with layers that do not rotate": ("smollm3", {"num_hidden_layers": 4}),
+    "smollm3 with a window on them": (
+        "smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 16},
+    ),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4, "logits_scaling": 1.7},
+    ),
+    "olmo2": ("olmo2", {}),
+    "stablelm": ("stablelm", {"hidden_size": 256}),
+    "stablelm with biases, in parallel": (
+        "stablelm", {"hidden_size": 256, "use_qkv_bias": True, "use_parallel_residual": True},
+    ),
+    "starcoder2 without a window": ("starcoder2", {}),
+    "starcoder2 beyond its window": ("starcoder2", {"sliding_window": 16}),
+    "starcoder2 untied, without biases": (
+        "starcoder2", {"tie_word_embeddings": False, "use_bias": False, "sliding_window": 16},
+    ),
+    "gpt_neox": ("gpt_neox", {"hidden_size": 256}),
+    "gpt_neox, one after the other, without biases": (
+        "gpt_neox", {"hidden_size": 256, "use_parallel_residual": False, "attention_bias": False},
+    ),
+    "gpt2": ("gpt2", {}),
+    "gpt2 untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 96}),
+    "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "mixtral": ("mixtral", {}),
+    "mixtral beyond its window": ("mixtral", {"sliding_window": 16}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe, weights as they come, one layer dense": (
+        "qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [1]},
+    ),
+}  # fmt: skip
 
 
 def expected(model: torch.nn.Module, ids: torch.Tensor) -> np.ndarray:
@@ -98,6 +147,25 @@ def test_longrope_on_both_sides_of_the_original_length(spelling: str, tmp_path: 
         with torch.no_grad():
             want = model(ids, logits_to_keep=64).logits.numpy()
         assert np.abs(decoder.logits(ids.numpy())[:, -64:] - want).max() < BOUND, tokens
+
+
+def test_a_text_that_grows_past_the_switch_of_longrope(tmp_path: Path) -> None:
+    """GenAI reads the text anew with the other table; from then on each token is that of the whole text."""
+    from olive.runtime.genai import Generator
+
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **FACTORS}
+    model = tiny.checkpoint(tmp_path / "hf", "phi3", **PHI35, rope_parameters=rope)
+    model.set_attn_implementation("sdpa")
+    build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options(context_length=8192))
+    prompt = tiny.ids(4094, batch=1)[0].tolist()
+    with Generator(tmp_path / "onnx") as generator:
+        tokens = generator.generate(prompt, max_new_tokens=10).tokens
+    assert len(tokens) == 10 or tokens[-1] in (1, 4)
+    assert len(prompt) + len(tokens) > 4097
+    for i, token in enumerate(tokens):
+        with torch.no_grad():
+            row = model(torch.tensor([prompt + tokens[:i]]), logits_to_keep=1).logits[0, -1]
+        assert row.max() - row[token] < 2 * BOUND, i
 
 
 @pytest.mark.parametrize("config", [{"short_mscale": 1.25, "long_mscale": 1.5}, {"attention_factor": 1.4}])

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import tiny
-from olive.model import Model
+from olive.model import Model, sha256
 from olive.passes.base import Context
 from olive.passes.decoder import Decoder
 from olive.runtime.genai import Generator
@@ -26,6 +26,7 @@ def context(folder: Path, facts: dict[str, Any], target: Target) -> Context:
         target=target,
         compute_device="cpu",
         seed=0,
+        digest=sha256,
         note=lambda **found: facts.update(found),
         progress=lambda *step: facts.update(progress=step),
     )

@@ -158,7 +158,9 @@ def test_a_table_whose_groups_no_operator_takes_becomes_float_and_is_reported(tm
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_float_linears_are_rounded_in_stream(precision: Any, bits: int, symmetric: bool, tmp_path: Path) -> None:
     model = tiny.checkpoint(tmp_path / "hf", "qwen2")
-    options = Options(precision, symmetric=symmetric, lm_head="float", embeddings="float", accuracy_level=0)
+    options = Options(
+        precision, group_size=32, symmetric=symmetric, lm_head="float", embeddings="float", accuracy_level=0
+    )
     build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", options)
     linears = {n: m.weight.data for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
     rounded = {name: round_to_nearest(w, bits, 32, symmetric=symmetric) for name, w in linears.items()}

@@ -16,6 +16,7 @@ from olive.decoder.options import Options
 from olive.quant.affine import round_to_nearest
 from olive.quant.formats.checkpoint import Checkpoint
 from olive.runtime.session import OnnxDecoder
+from quantized import quantize
 
 BITS = {"int4": 4, "int8": 8}
 
@@ -26,7 +27,7 @@ BITS = {"int4": 4, "int8": 8}
                                                   ("float", "int4"), ("int8", "float")])  # fmt: skip
 def test_rounded_tables(embeddings: Any, head: Any, symmetric: bool, tied: bool, tmp_path: Path) -> None:
     model = tiny.checkpoint(tmp_path / "hf", "qwen3", tie_word_embeddings=tied, head_dim=16)
-    options = Options(embeddings=embeddings, lm_head=head, symmetric=symmetric, accuracy_level=0)
+    options = Options(embeddings=embeddings, lm_head=head, group_size=32, symmetric=symmetric, accuracy_level=0)
     facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", options)
     assert facts["bits"]["model.embed_tokens"] == BITS.get(embeddings, "float")
     assert facts["bits"]["lm_head"] == BITS.get(head, "float")
@@ -55,11 +56,26 @@ def test_a_tied_table_is_in_the_file_once(table: Any, size: float, tmp_path: Pat
     assert len(tables) == 1
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("fp32", "float"), ("int4", 8), ("int8", 8)])
-def test_auto_follows_the_layers(precision: Any, bits: int, tmp_path: Path) -> None:
-    tiny.checkpoint(tmp_path / "hf", "llama")
+@pytest.mark.parametrize(
+    ("precision", "tied", "head", "embeddings"),
+    [("fp32", True, "float", "float"), ("fp32", False, "float", "float"), ("int8", False, 8, 8),
+     ("int4", False, 4, 8), ("int4", True, 4, 4)],
+)  # fmt: skip
+def test_auto_follows_the_layers(
+    precision: Any, tied: bool, head: int | str, embeddings: int | str, tmp_path: Path
+) -> None:
+    tiny.checkpoint(tmp_path / "hf", "llama", tie_word_embeddings=tied)
     facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options(precision))
-    assert facts["bits"]["lm_head"] == facts["bits"]["model.embed_tokens"] == bits
+    assert facts["bits"]["lm_head"] == head
+    assert facts["bits"]["model.embed_tokens"] == embeddings
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_auto_is_int8_beside_integers_of_the_checkpoint(tied: bool, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", "llama", tie_word_embeddings=tied)
+    quantize(tmp_path / "hf", tmp_path / "q", "gptq", 4, 32, symmetric=False)
+    facts = build(Checkpoint(tmp_path / "q"), tmp_path / "onnx", Options())
+    assert facts["bits"]["lm_head"] == facts["bits"]["model.embed_tokens"] == 8
 
 
 def test_offsets_are_whole_pages_and_the_graph_is_small(tmp_path: Path) -> None:

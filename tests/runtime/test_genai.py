@@ -55,8 +55,7 @@ def assert_greedy(model: torch.nn.Module, decoder: OnnxDecoder, prompt: list[int
 )  # fmt: skip
 def test_greedy_tokens_are_those_of_transformers(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny.checkpoint(tmp_path / "hf", family, **changes)
-    facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())
-    assert facts["notes"] == []
+    assert build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())["notes"] == []
     pieces: list[str] = []
     answer = Generator(tmp_path / "onnx").generate(PROMPT, max_new_tokens=32, on_token=pieces.append)
     assert "".join(pieces) == answer.text
@@ -76,7 +75,7 @@ def test_trained_models_answer_as_in_transformers(name: str, tmp_path: Path) -> 
     assert build(Checkpoint(SHARED / name), tmp_path, Options())["notes"] == []
     generator = Generator(tmp_path)
     prompt = generator.encode("what is the best thing to see in chicago", chat=True)
-    answer = generator.generate(prompt, max_new_tokens=32)
+    answer = generator.generate(prompt, max_new_tokens=64)
     assert_greedy(model, OnnxDecoder(tmp_path, 1), prompt, answer.tokens)
 
 
@@ -105,9 +104,23 @@ def test_interleaved_answers_are_those_given_alone(adapted: tuple[Path, dict[str
     assert len({tuple(tokens) for tokens in alone.values()}) == 3
 
 
+def test_rows_answered_together_are_those_answered_alone(adapted: tuple[Path, dict[str, Path]]) -> None:
+    folder, files = adapted
+    generator = Generator(folder, files)
+    prompts = [[7, 8, 9], [30] * 12, [50, 60], list(range(70, 90))]
+    for name in (None, "b"):
+        alone = [generator.generate_rows([prompt], adapter=name, max_new_tokens=24)[0] for prompt in prompts]
+        streamed = [generator.generate(prompt, adapter=name, max_new_tokens=24).tokens for prompt in prompts]
+        assert [[t for t in tokens if t not in (1, 4)] for tokens in streamed] == alone  # the end is no part of it
+        assert generator.generate_rows(prompts, adapter=name, max_new_tokens=24) == alone
+        stops = generator.generate_rows(prompts, adapter=name, max_new_tokens=24, done=lambda tokens: len(tokens) == 5)
+        assert stops == [tokens[:5] for tokens in alone]
+
+
 def test_rank_zero_in_a_file_is_accepted(adapted: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     folder, _ = adapted
-    zero = {n: np.zeros([s or 0 for s in shape], np.float32) for n, shape in adapters.expected_inputs(folder).items()}
+    expected = adapters.read_graph(folder).inputs
+    zero = {name: np.zeros([size or 0 for size in own.shape], np.float32) for name, own in expected.items()}
     adapters.write(tmp_path / "zero.onnx_adapter", zero)
     generator = Generator(folder, {"zero": tmp_path / "zero.onnx_adapter"})
     plain = generator.generate(PROMPT, max_new_tokens=8).tokens

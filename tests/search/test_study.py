@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import Fake, Stop, run, template
+from searching import Fake, Stop, run, template
 
 from olive.errors import ConfigError
 from olive.search.study import Found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olive.data.spec import DataSpec
-from olive.model import Model
+from olive.model import Model, sha256
 from olive.passes.base import Context
 from olive.passes.lora import Lora
 from olive.target import Target
@@ -32,5 +32,5 @@ class Run:
         out.mkdir(parents=True)
         scratch.mkdir()
         report: Callable[..., None] = lambda *step: self.steps.append(step)  # noqa: E731
-        context = Context(out, "input", scratch, Target(), "cpu", seed, self.facts.update, report)
+        context = Context(out, "input", scratch, Target(), "cpu", seed, sha256, self.facts.update, report)
         return pass_.run(Model("hf", base), context)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -21,10 +22,19 @@ COMMANDS = {
     "finetune": ("olive.cli.finetune", "train a LoRA adapter on a float or quantized checkpoint"),
     "auto-opt": ("olive.cli.auto_opt", "turn a checkpoint, with adapters, into an optimized ONNX model"),
     "optimize": ("olive.cli.auto_opt", "the same as auto-opt"),
+    "evaluate": ("olive.cli.evaluate", "measure a model: quality, tasks, speed, memory; beside another"),
     "generate": ("olive.cli.generate", "answer a prompt, or chat, with an ONNX model and its adapters"),
     "run": ("olive.cli.run", "run a workflow file (YAML or JSON)"),
+    "report": ("olive.cli.report", "make the HTML page of a report again"),
+    "reproduce": ("olive.cli.reproduce", "do the run of a lock file again and compare every byte"),
+    "init": ("olive.cli.init", "ask what you want; write a workflow file and the command for it"),
+    "plan": ("olive.cli.plan", "print what a workflow file would do, and what it needs"),
+    "passes": ("olive.cli.passes", "list the passes, or explain one"),
+    "cache": ("olive.cli.cache", "list, explain, shrink and check the cache of finished steps"),
+    "schema": ("olive.cli.schema", "print the JSON schema of workflow files"),
     "dequantize": ("olive.cli.dequantize", "write a float checkpoint from a quantized one"),
     "convert-adapters": ("olive.cli.convert_adapters", "convert a PEFT adapter for an ONNX model built before"),
+    "adapters": ("olive.cli.adapters", "list what an ONNX model takes of an adapter, or check adapters against it"),
 }
 INTERRUPTED = 130
 
@@ -36,7 +46,8 @@ def usage() -> str:
         f"olive {__version__}: from a checkpoint to the best model for ONNX Runtime on your device.\n\n"
         f"usage: olive COMMAND [options]\n\ncommands:\n{rows}\n\n"
         "olive COMMAND --help lists a command's options.\n"
-        "Exit codes: 0 done, 1 the run failed, 2 the input was at fault, 3 verification failed, 130 interrupted."
+        "Exit codes: 0 done, 1 the run failed, 2 the input was at fault, 3 verification failed or a reproduced file\n"
+        "differs, 130 interrupted."
     )
 
 
@@ -75,6 +86,7 @@ def _run(name: str, argv: list[str]) -> int:
 
     command: Any = importlib.import_module(COMMANDS[name][0])
     args = parse_arguments(command.parser(f"olive {name}"), normalize(argv))
+    args.command_line = shlex.join(["olive", name, *argv])
     _configure_logging(getattr(args, "log_level", 2))
 
     def stop(*_: object) -> None:

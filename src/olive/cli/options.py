@@ -41,7 +41,7 @@ def normalize(argv: Sequence[str]) -> list[str]:
 
 def parse_arguments(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse; an unknown flag is an error that names the nearest known one."""
-    args, more = parser.parse_known_args(argv)
+    args, more = parser.parse_known_intermixed_args(argv)
     if more and not parser.passes_on:
         flag = more[0].split("=")[0]
         if flag.startswith("-"):

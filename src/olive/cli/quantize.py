@@ -11,6 +11,7 @@ from olive.errors import ConfigError
 
 ALGORITHMS = ("rtn", "kquant", "hqq", "awq", "gptq", "tune", "best")
 OPTIONS = ["group_size", "format", "exclude", "overrides", "lm_head", "embeddings"]
+BUDGET = ["target_size", "kl_budget", "size_of", "sensitivities"]
 OWN = {"iterations": "tune", "statistics": "awq", "save_statistics": "awq", "budget": "best"}
 """Options of some algorithms only, and one that has it."""
 
@@ -39,7 +40,7 @@ def parser(prog: str) -> Parser:
     own.add_argument(
         "--precision", choices=["int2", "int3", "int4", "int8"], help="Bits that are written. Default: int4."
     )
-    add_fields(own, Quantizer, OPTIONS, without_default=("format",))
+    add_fields(own, Quantizer, [*OPTIONS, *BUDGET], without_default=("format",))
     for option, owner in OWN.items():
         add_fields(own, pass_class(owner), [option])
     way = own.add_mutually_exclusive_group()
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
             raise ConfigError(f"--compare names the algorithms by itself; drop --algorithm {algorithm}")
         algorithm = "best"
     kind = pass_class(algorithm)
-    step = {"type": algorithm, **given_flags(args, [*OPTIONS, *OWN, "symmetric"])}
+    step = {"type": algorithm, **given_flags(args, [*OPTIONS, *BUDGET, *OWN, "symmetric"])}
     for option in OWN:
         if option in step and option not in kind.model_fields:
             having = ", ".join(name for name in ALGORITHMS if option in pass_class(name).model_fields)
@@ -72,8 +73,12 @@ def main(args: argparse.Namespace) -> int:
         step["candidates"] = [{"type": name} for name in args.compare]
     if hasattr(args, "precision"):
         step["bits"] = int(args.precision.removeprefix("int"))
+    budget = next((name for name in BUDGET[:2] if name in step), None)
+    chosen = [flag for flag in ("precision", "group_size") if budget and hasattr(args, flag)]
+    if chosen:
+        raise ConfigError(f"--{chosen[0]}: --{budget} chooses it for each layer; drop one of the two")
     data = read_data(args)
-    if data is not None and "data" not in kind.model_fields:
+    if data is not None and not budget and not getattr(kind, "fitted", False):
         raise ConfigError(f"--algorithm {algorithm} uses no data; drop the data options or use --algorithm awq")
     if data is not None:
         step["data"] = data

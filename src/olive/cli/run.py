@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olive.cli.options import Parser, add_fields, given
-from olive.errors import ConfigError
+from olive.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from olive.cache import Cache
-    from olive.plan import Plan
     from olive.report import Report
 
-VERIFY = {"level": "verify", "max_kl": "max_kl"}
+VERIFY = {"level": "verify", "max_kl": "max_kl", "tokenizer": "verify_tokenizer"}
 SEARCH = ["sampler", "trials", "time", "workers", "study"]
 
 
@@ -30,8 +29,7 @@ def parser(prog: str) -> Parser:
 
     text = "Run a workflow file: YAML or JSON with input_model, passes and output_dir. Holes in it are searched over."
     own = Parser(prog, text)
-    own.add_argument("config", nargs="?", metavar="FILE", help="The workflow file.")
-    own.add_argument("--config", dest="config_flag", metavar="FILE", help="The workflow file, as a flag.")
+    add_file(own)
     add_fields(own, Search, SEARCH)
     add_flow(own)
     return own
@@ -39,18 +37,67 @@ def parser(prog: str) -> Parser:
 
 def main(args: argparse.Namespace) -> int:
     """Read the file and run it; flags override what it says."""
-    from olive.config import load
+    return main_with(args, "olive run")
+
+
+def add_file(own: Parser) -> None:
+    """Add the flags that name a workflow file and change what it says."""
+    own.add_argument("config", nargs="?", metavar="FILE", help="The workflow file, or the name of a recipe.")
+    own.add_argument("--config", dest="config_flag", metavar="FILE", help="The workflow file, as a flag.")
+    own.add_argument(
+        "--set",
+        dest="assignments",
+        nargs="+",
+        action="extend",
+        metavar="PATH=VALUE",
+        help="Change what the file says: passes.awq.bits=8 (a pass by its type or its index, values as in YAML).",
+    )
+    own.add_argument(
+        "--skip_unknown",
+        action="store_true",
+        help="Of a file of Microsoft Olive, leave out the passes that have no counterpart here.",
+    )
+
+
+def main_with(args: argparse.Namespace, command: str) -> int:
+    """Read the workflow file that the flags name and run it, or print its plan."""
     from olive.search.space import is_template, read_space
     from olive.workflow import read_workflow
 
     name = getattr(args, "config", None) or getattr(args, "config_flag", None)
     if name is None:
-        raise ConfigError("olive run: give a workflow file: olive run workflow.yaml")
-    data = load(Path(name))
+        raise ConfigError(f"{command}: give a workflow file: {command} workflow.yaml")
+    data = read_file(name, args)
     if isinstance(data, dict) and hasattr(args, "output_path"):
         data["output_dir"] = args.output_path
-    (read_space if is_template(data) else read_workflow)(data, name)  # so that mistakes have the file's name
+    if isinstance(data, dict) and "output_dir" in data:
+        (read_space if is_template(data) else read_workflow)(data, name)  # so that mistakes have the file's name
     return execute(data, args)
+
+
+def read_file(name: str, args: argparse.Namespace) -> Any:
+    """Read a workflow file, one of Microsoft Olive's, or a recipe; make the assignments of the flags."""
+    from olive.compat import convert, is_foreign
+    from olive.config import load
+    from olive.recipes import names, recipe
+
+    path = Path(name)
+    if not path.exists() and not path.suffix and path.name == name:
+        if name not in names():
+            raise ConfigError(f"{name}: no such file, and no recipe is called so{did_you_mean(name, names())}")
+        data: Any = recipe(name)
+    else:
+        data = load(path)
+    if is_foreign(data):
+        converted = convert(data, name, skip_unknown=hasattr(args, "skip_unknown"))
+        data = converted.data
+        for note in converted.notes:
+            print(f"note: {note}", file=sys.stderr)
+    if hasattr(args, "assignments"):
+        from olive.assign import assign
+
+        data = assign(data, args.assignments)
+    return data
 
 
 def add_flow(own: Parser) -> None:
@@ -105,50 +152,75 @@ def execute(data: dict[str, Any], args: argparse.Namespace) -> int:
         raise ConfigError(f"{told}: no option of the workflow is a hole, so there is nothing to search")
     if hasattr(args, "save_config_file"):
         save(as_yaml(workflow), Path(args.save_config_file or f"{workflow.output_dir}.yaml"), args)
-    overwrite = hasattr(args, "overwrite")
+        if hasattr(args, "write_only"):
+            return 0
+    overwrite, most = hasattr(args, "overwrite"), max_size()
     with open_cache(args, Path(workflow.output_dir)) as cache:
+        from olive.fits import check
         from olive.plan import plan
 
         planned = plan(workflow, cache, overwrite=overwrite)
         if hasattr(args, "dry_run"):
-            for line in plan_lines(planned):
+            from olive.cli.plan_text import lines
+
+            for line in lines(planned, cache):
                 print(line)
+            check(planned, cache)
             return 0
+        check(planned, cache)
         from olive.engine import run
 
-        with show_progress() as progress:
+        with show_progress() as progress, cache.using():
             report = run(planned, cache, overwrite=overwrite, progress=progress)
+        if most is not None:
+            from olive.inventory import collect
+
+            collect(cache, most)
+    report.command = getattr(args, "command_line", "")
     say(report, planned.output)
     return 0
 
 
-def say(report: Report, output: Path) -> None:
-    from olive.plan import report_path
+def max_size() -> int | None:
+    """Return the bytes that the cache is kept under after a run, if OLIVE_CACHE_MAX_SIZE is set."""
+    text = os.environ.get("OLIVE_CACHE_MAX_SIZE")
+    if not text:
+        return None
+    from olive.inventory import read_size
 
-    saved = report_path(output)
-    report.save(saved)
+    return read_size(text, "OLIVE_CACHE_MAX_SIZE")
+
+
+def say(report: Report, output: Path) -> None:
+    """Print the report, and write it beside the output."""
+    saved = write_report(report, output)
     for line in report.lines():
         print(line)
     print(f"{'report':<12} {saved}")
 
 
-def plan_lines(plan: Plan) -> Iterator[str]:
-    """Yield the plan as text: each step, whether it is cached, and why."""
-    yield f"input      {plan.workflow.input_model.path} ({plan.source.kind}, {plan.source_key[:12]})"
-    for step in plan.steps:
-        yield f"{'cached' if step.cached else 'run':<10} {step.name} ({step.key[:12]}): {step.reason}"
-        options = ", ".join(f"{k}={v}" for k, v in step.work.model_dump(mode="json", exclude_none=True).items())
-        yield f"{'':<10} {options}"
-    yield f"verify     {plan.workflow.verify.level}"
-    yield f"output     {plan.output}"
+def write_report(report: Report, output: Path) -> Path:
+    """Write a report beside its output, as data, as a page (whose path is returned) and, if there is one, the lock."""
+    from olive.html import page
+    from olive.lock import write_lock
+    from olive.plan import beside
+
+    report.save(beside(output, "report.json"))
+    saved = beside(output, "report.html")
+    saved.write_text(page(report.as_data()), encoding="utf-8")
+    if report.lock:
+        write_lock(report.lock, beside(output, "lock.json"))
+    return saved
 
 
 @contextmanager
 def open_cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
+    """Open the cache, or with ``--no_cache`` a store that ends with the run."""
     from olive.cache import Cache, default_root, sweep
+    from olive.shared import configured
 
     if not hasattr(args, "no_cache"):
-        yield Cache(default_root())
+        yield Cache(default_root(), configured())
         return
     # A store of its own that ends with the run: one way of running, whether results are kept or not. It lies on the
     # output's disk, so that large files are moved there by link.
@@ -160,7 +232,7 @@ def open_cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written ({place}: {error.strerror}); choose another place") from None
     try:
-        yield Cache(folder)
+        yield Cache(folder, kept=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olive.cli.run import open_cache, save, say, show_progress
+from olive.cli.run import max_size, open_cache, save, say, show_progress, write_report
 from olive.errors import OliveError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def execute_template(data: dict[str, Any], args: argparse.Namespace) -> int:
     """Search a template, and run its best workflow to the output, with verification."""
     from olive.config import dump
 
-    output, overwrite = Path(data["output_dir"]).expanduser(), hasattr(args, "overwrite")
+    output, overwrite, most = Path(data["output_dir"]).expanduser(), hasattr(args, "overwrite"), max_size()
     if hasattr(args, "save_config_file"):
         save(dump(data), Path(args.save_config_file or f"{output}.yaml"), args)
     if hasattr(args, "dry_run"):
@@ -27,21 +27,25 @@ def execute_template(data: dict[str, Any], args: argparse.Namespace) -> int:
         return 0
     with open_cache(args, output) as cache:
         from olive.engine import run
-        from olive.plan import plan, report_path
+        from olive.plan import plan
         from olive.report import Report
         from olive.search.study import search
         from olive.workflow import read_workflow
 
-        with show_progress() as progress:
+        with show_progress() as progress, cache.using():
             found = search(data, cache, overwrite=overwrite, progress=progress)
             if found.best is None:
                 report = Report(dict(data), str(output), trials=[trial.data() for trial in found.trials])
-                report.save(report_path(output))
-                raise OliveError(f"{nothing(found)}; the trials are in {report_path(output)}")
+                raise OliveError(f"{nothing(found)}; the trials are in {write_report(report, output)}")
             planned = plan(read_workflow(found.workflow), cache, overwrite=overwrite)
             report = run(planned, cache, overwrite=overwrite, progress=progress)
+        if most is not None:
+            from olive.inventory import collect
+
+            collect(cache, most)
     report.trials = [trial.data() for trial in found.trials]
     report.pareto, report.best = found.pareto, found.best
+    report.command = getattr(args, "command_line", "")
     say(report, planned.output)
     print(f"{'search':<12} ended by {found.ended}")
     return 0

@@ -39,6 +39,15 @@ def generation_prompt(template: str, question: str | Mapping[str, str]) -> str:
     return "".join(text + _value(row, field, template) for text, field in before) + literal
 
 
+def behind_answer(spec: DataSpec) -> str:
+    """Return the literal text that a template writes behind the answer.
+
+    >>> behind_answer(DataSpec(name="json", files=("rows.jsonl",), text_template="{question}={answer};"))
+    ';'
+    """
+    return _around_answer(spec.text_template)[-1][0] if spec.text_template is not None else ""
+
+
 def _around_answer(template: str) -> list[tuple[str, str | None]]:
     """Return the template's parts with the last placeholder second to last and the literal text after it last."""
     parts = template_parts(template)

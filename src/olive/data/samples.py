@@ -52,8 +52,8 @@ def windows(spec: DataSpec, tokenizer: Any) -> Tensor:
     return _evenly(ids, spec.max_seq_len, wanted, describe(spec))
 
 
-def text_windows(text: str, tokenizer: Any, length: int, wanted: int) -> Tensor:
-    """Cut a text into at most ``wanted`` windows of ``length`` tokens, int64 [rows, T]."""
+def text_windows(text: str, tokenizer: Any, length: int, wanted: int | None) -> Tensor:
+    """Cut a text into windows of ``length`` tokens, at most ``wanted`` of them: int64 [rows, T]."""
     return _evenly(_plain(tokenizer, text), length, wanted, "text")
 
 

@@ -11,32 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from olive.decoder.families import FAMILIES
-from olive.decoder.options import BITS, Precision
+from olive.decoder.options import Options
 from olive.errors import ConfigError, PassError
 from olive.quant.formats.checkpoint import Checkpoint
 
 log = logging.getLogger("olive")
 
-BYTES_PER_PARAMETER = {"int4": 8, "int8": 8, "fp32": 4}
+BYTES_PER_PARAMETER = {"int4": 8, "int8": 8, "fp32": 4, "fp16": 4}
 """Measured peaks of the builder of GenAI 0.18 on Phi-3 shapes: 7.6 (int4), 3.4 (fp32)."""
 
 
-def build(checkpoint: Checkpoint, out: Path, precision: Precision, scratch: Path) -> dict[str, Any]:
+def build(checkpoint: Checkpoint, out: Path, options: Options, scratch: Path) -> dict[str, Any]:
     """Build a float checkpoint with GenAI's builder; return the facts that are known of the result."""
     name = (checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "")])[0]
     if checkpoint.quantized:
         raise _unsupported(name, "and GenAI's builder, the fallback, takes float checkpoints only")
+    precision = ("fp16" if options.float16 else "fp32") if options.precision == "auto" else options.precision
     _check_memory(checkpoint, precision)
     log.warning("%s is not built by olive; using GenAI's model builder, whose weights are rounded its own way", name)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint.folder), "-o", str(out),
-               "-p", precision, "-e", "cpu", "-c", str(scratch)]  # fmt: skip
+               "-p", precision, "-e", options.target.genai or "cpu", "-c", str(scratch)]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode or not (out / "model.onnx").is_file():
         reason = "\n".join(ended.stderr.strip().splitlines()[-4:])
         if "NotImplementedError" in reason or "does not recognize this architecture" in reason:
             raise _unsupported(name, f"and GenAI's builder, the fallback, says:\n{reason}")
         raise PassError(f"{checkpoint.folder}: GenAI's builder failed (exit code {ended.returncode}):\n{reason}")
-    _check_bits(out / "model.onnx", precision)
+    _check_bits(out / "model.onnx", precision, options.layer_bits)
     return {
         "engine": f"genai {importlib.metadata.version('onnxruntime-genai')}",
         "family": checkpoint.config.get("model_type", name),
@@ -46,13 +47,12 @@ def build(checkpoint: Checkpoint, out: Path, precision: Precision, scratch: Path
     }
 
 
-def _check_bits(path: Path, precision: Precision) -> None:
+def _check_bits(path: Path, precision: str, asked: int | None) -> None:
     """Check that the weights have the bits that were asked for."""
     import onnx
 
     nodes = [n for n in onnx.load(path, load_external_data=False).graph.node if n.op_type == "MatMulNBits"]
     found = {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "bits"}
-    asked = BITS[precision]
     if (asked is None and found) or (asked is not None and min(found, default=0) != asked):
         raise PassError(f"{path}: asked GenAI's builder for {precision}, but its products have {sorted(found)} bits")
 
@@ -61,7 +61,7 @@ def _unsupported(name: str, reason: str) -> ConfigError:
     return ConfigError(f"architecture {name} is not supported; families: {', '.join(FAMILIES)}; {reason}")
 
 
-def _check_memory(checkpoint: Checkpoint, precision: Precision) -> None:
+def _check_memory(checkpoint: Checkpoint, precision: str) -> None:
     """Refuse a build that would not fit into the memory that is free now."""
     parameters = sum(math.prod(checkpoint.tensors.shape(name)) for name in checkpoint.float_names)
     needed = parameters * BYTES_PER_PARAMETER[precision]

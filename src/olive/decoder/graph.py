@@ -14,8 +14,8 @@ ALIGNMENT = 4096
 MODEL, DATA = "model.onnx", "model.onnx.data"
 OPSETS = {"": 21, "com.microsoft": 1}
 MICROSOFT = {
-    "FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "QuickGelu",
-    "SkipSimplifiedLayerNormalization",
+    "FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MoE", "QMoE", "QuickGelu",
+    "RotaryEmbedding", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
 }  # fmt: skip
 
 Chunks = Iterable[np.ndarray]
@@ -24,8 +24,10 @@ Chunks = Iterable[np.ndarray]
 class Graph:
     """Nodes in the order they are added, and the data file of their weights."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, float16: bool = False) -> None:
+        """``float16``: type of all that is float in the graph; else float32."""
         self.folder = folder
+        self.dtype = ir.DataType.FLOAT16 if float16 else ir.DataType.FLOAT
         self._data = (folder / DATA).open("wb")
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
@@ -39,15 +41,17 @@ class Graph:
         return value
 
     def optional_input(self, name: str, shape: Sequence[int | str], default: np.ndarray) -> ir.Value:
-        """Add a float32 input that has a default: an initializer of its name."""
-        value = self.input(name, ir.DataType.FLOAT, shape)
+        """Add an input that has a default: an initializer of its name."""
+        value = self.input(name, ir.DataType.from_numpy(default.dtype), shape)
         value.const_value = ir.tensor(default, name=name)
         self._initializers[name] = value
         return value
 
-    def output(self, value: ir.Value, name: str, shape: Sequence[int | str], *, first: bool = False) -> None:
-        """Make a node's float32 result a graph output."""
-        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    def output(
+        self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str], *, first: bool = False
+    ) -> None:
+        """Make a node's result a graph output."""
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         self._outputs.insert(0 if first else len(self._outputs), value)
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
@@ -56,12 +60,18 @@ class Graph:
             self._initializers[name] = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         return self._initializers[name]
 
+    def scalar(self, name: str, value: float) -> ir.Value:
+        """Return a constant of the graph's float type."""
+        return self.constant(name, np.array(value, self.dtype.numpy()))
+
     def weight(self, name: str, array: np.ndarray) -> ir.Value:
-        """Write an array to the data file and return its initializer."""
+        """Write an array to the data file, floats in the graph's type, and return its initializer."""
+        if np.issubdtype(array.dtype, np.floating):
+            array = array.astype(self.dtype.numpy())
         return self.stream(name, ir.DataType.from_numpy(array.dtype), array.shape, [array])
 
     def stream(self, name: str, dtype: ir.DataType, shape: Sequence[int], chunks: Chunks) -> ir.Value:
-        """Write an array that comes in consecutive pieces; only one of them need be in memory."""
+        """Write an array that comes in consecutive pieces of its type; only one of them need be in memory."""
         start = -(-self._data.tell() // ALIGNMENT) * ALIGNMENT
         self._data.seek(start)
         for chunk in chunks:

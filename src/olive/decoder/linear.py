@@ -6,8 +6,9 @@ Shape letters: B batch, T tokens, N out channels, K in channels, R adapter rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -16,124 +17,33 @@ from torch import Tensor
 
 from olive.decoder import weights
 from olive.decoder.graph import Graph
-from olive.decoder.options import BITS, Options
-from olive.quant.affine import QuantizedWeight, concatenate
-from olive.quant.formats.checkpoint import Checkpoint
+from olive.decoder.options import Options
+from olive.decoder.source import Source
+from olive.errors import PassError
+from olive.quant.affine import QuantizedWeight, concatenate, fitting_group, round_to_nearest
+from olive.quant.hqq import hqq
+from olive.quant.kquant import kquant
 
 log = logging.getLogger("olive")
 
+ROUNDING = {"rtn": round_to_nearest, "kquant": kquant, "hqq": hqq}
 
-@dataclass
-class Linears:
-    """Adds linear layers to a graph and keeps record of what became of them."""
 
-    graph: Graph
-    checkpoint: Checkpoint
-    options: Options
-    adapted: frozenset[str]
-    """Modules of the graph that take adapter inputs."""
-    done: Callable[[str], None]
-    """Called with each module of the checkpoint that has been written."""
-    bits: dict[str, int | str] = field(default_factory=dict)
-    """Bits per weight of each module of the checkpoint."""
-    fallbacks: dict[str, str] = field(default_factory=dict)
-    """Modules that stayed float against what was asked, with the reason."""
+@dataclass(frozen=True)
+class Part:
+    """What is known of a module's weight before it is read."""
 
-    def __call__(self, x: ir.Value, modules: Sequence[str], name: str) -> ir.Value:
-        """Add linears of a layer in the precision of the layers."""
-        return self.linear(x, modules, name, BITS[self.options.precision])
-
-    def linear(self, x: ir.Value, modules: Sequence[str], name: str, bits: int | None) -> ir.Value:
-        """Return the outputs of ``modules`` for ``x`` [B, T, K] side by side [B, T, sum of N]."""
-        loaded = [self.load(module, bits) for module in modules]
-        biases = [self._bias(module) for module in modules]
-        if len(modules) > 1 and not _alike(loaded):
-            each = [self._product(x, [w], [b], m) for w, b, m in zip(loaded, biases, modules, strict=True)]
-            y = self.graph.op("Concat", each, f"{name}.Concat", {"axis": -1})
-        else:
-            y = self._product(x, loaded, biases, name)
-        for module in modules:
-            self.done(module)
-        return self._adapter(x, y, name, loaded) if name in self.adapted else y
-
-    def load(self, module: str, bits: int | None, *, recorded_as: str = "") -> Tensor | QuantizedWeight:
-        """Return a module's weight: its integers, else rounded to ``bits``, else as it is (None, or no group fits)."""
-        name = recorded_as or module
-        if module in self.checkpoint.quantized:
-            stored = self.checkpoint.quantized_weight(module)
-            found = weights.regroup(stored)
-            if found is None:
-                self._fall_back(name, f"group size {stored.group_size} is not a multiple of 16: kept as float")
-                return stored.dequantize()
-        else:
-            weight = self.checkpoint.weight(f"{module}.weight")
-            if bits is None:
-                self.bits[name] = "float"
-                return weight
-            options = self.options
-            rounded = weights.round_weight(weight, bits, options.group_size, symmetric=options.symmetric)
-            found = rounded and weights.regroup(rounded)
-            if found is None:
-                self._fall_back(name, f"no group of at least 16 divides {weight.shape[1]} channels: kept as float")
-                return weight
-        self.bits[name] = found.bits
-        return found
-
-    def _fall_back(self, name: str, reason: str) -> None:
-        log.warning("%s: %s", name, reason)
-        self.bits[name] = "float"
-        self.fallbacks[name] = reason
-
-    def _bias(self, module: str) -> Tensor | None:
-        name = f"{module}.bias"
-        return self.checkpoint.weight(name).float() if name in self.checkpoint else None
-
-    def _product(
-        self, x: ir.Value, parts: Sequence[Tensor | QuantizedWeight], biases: Sequence[Tensor | None], name: str
-    ) -> ir.Value:
-        bias = _stack_biases(parts, biases)
-        offset = None if bias is None else self.graph.weight(f"{name}.bias", bias.numpy())
-        integers = [p for p in parts if isinstance(p, QuantizedWeight)]
-        if integers:
-            stored = self.store(name, concatenate(integers))
-            return self.multiply(x, stored, name, bias=offset)
-        floats = [p for p in parts if isinstance(p, Tensor)]
-        k, n = floats[0].shape[1], sum(p.shape[0] for p in floats)
-        weight = self.graph.stream(f"{name}.weight", ir.DataType.FLOAT, (k, n), weights.float_columns(floats))
-        y = self.graph.op("MatMul", [x, weight], f"{name}.MatMul")
-        return y if offset is None else self.graph.op("Add", [y, offset], f"{name}.Add")
-
-    def store(self, name: str, weight: QuantizedWeight) -> Stored:
-        """Write a weight's integers to the data file."""
-        codes, scale, zero_point = weights.blocks(weight)
-        return Stored(
-            weight=self.graph.weight(f"{name}.qweight", codes),
-            scales=self.graph.weight(f"{name}.scales", scale),
-            zero_points=None if zero_point is None else self.graph.weight(f"{name}.qzeros", zero_point),
-            shape=(weight.codes.shape[0], weight.codes.shape[1]),
-            bits=weight.bits,
-            group_size=weight.group_size,
-        )
-
-    def multiply(self, x: ir.Value, stored: Stored, name: str, bias: ir.Value | None = None) -> ir.Value:
-        """Return ``x`` [B, T, K] times the stored weight [N, K] transposed."""
-        n, k = stored.shape
-        inputs = [x, stored.weight, stored.scales, stored.zero_points, None, bias]
-        while inputs[-1] is None:
-            inputs.pop()
-        attributes = {"K": k, "N": n, "bits": stored.bits, "block_size": stored.group_size,
-                      "accuracy_level": self.options.accuracy_level}  # fmt: skip
-        return self.graph.op("MatMulNBits", inputs, f"{name}.MatMulNBits", attributes)
-
-    def _adapter(self, x: ir.Value, y: ir.Value, name: str, parts: Sequence[Tensor | QuantizedWeight]) -> ir.Value:
-        """Add ``x @ A @ B``; A and B are inputs; their default has rank 0, which costs nothing."""
-        n, k = sum(_shape(p)[0] for p in parts), _shape(parts[0])[1]
-        rank = f"R.{name}"  # one symbol per module: ranks may differ between modules of one adapter
-        a = self.graph.optional_input(f"{name}.lora_A.weight", [k, rank], np.zeros((k, 0), np.float32))
-        b = self.graph.optional_input(f"{name}.lora_B.weight", [rank, n], np.zeros((0, n), np.float32))
-        low = self.graph.op("MatMul", [x, a], f"{name}.lora_A.MatMul")  # [B, T, K] -> [B, T, R]
-        high = self.graph.op("MatMul", [low, b], f"{name}.lora_B.MatMul")  # [B, T, R] -> [B, T, N]
-        return self.graph.op("Add", [y, high], f"{name}.lora.Add")
+    module: str
+    n: int
+    k: int
+    bits: int | None = None
+    """Of its integers in the graph; None: it is float there."""
+    block: int = 0
+    """Input channels that share one scale in the graph."""
+    group_size: int = 0
+    """Likewise, where the weight is rounded here."""
+    held: QuantizedWeight | None = None
+    """Integers that the checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -146,22 +56,167 @@ class Stored:
     zero_points: ir.Value | None
     shape: tuple[int, int]
     bits: int
-    group_size: int
+    block: int
 
 
-def _shape(part: Tensor | QuantizedWeight) -> tuple[int, int]:
-    n, k = part.codes.shape if isinstance(part, QuantizedWeight) else part.shape
-    return n, k
+@dataclass
+class Linears:
+    """Adds linear layers to a graph and keeps record of what became of them."""
 
+    graph: Graph
+    source: Source
+    options: Options
+    adapted: frozenset[str]
+    """Modules of the graph that take adapter inputs."""
+    done: Callable[[str], None]
+    """Called with each module of the checkpoint that has been written."""
+    bits: dict[str, int | str] = field(default_factory=dict)
+    """Bits per weight of each module of the checkpoint."""
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    """Modules that stayed float against what was asked, with the reason."""
 
-def _alike(parts: Sequence[Tensor | QuantizedWeight]) -> bool:
-    """Whether weights can be one product: all float, or integers of the same bits and group size."""
-    kinds = {(p.bits, p.group_size) if isinstance(p, QuantizedWeight) else None for p in parts}
-    return len(kinds) == 1
+    def __call__(self, x: ir.Value, modules: Sequence[str], name: str) -> ir.Value:
+        """Add linears of a layer in the precision of the layers."""
+        return self.linear(x, modules, name, self.options.layer_bits)
 
+    def linear(self, x: ir.Value, modules: Sequence[str], name: str, bits: int | None) -> ir.Value:
+        """Return the outputs of ``modules`` for ``x`` [B, T, K] side by side [B, T, sum of N]."""
+        parts = [self.part(module, bits) for module in modules]
+        if len({(part.bits, part.block) for part in parts}) > 1:  # not alike: a product each
+            each = [self._product(x, [part], part.module) for part in parts]
+            y = self.graph.op("Concat", each, f"{name}.Concat", {"axis": -1})
+        else:
+            y = self._product(x, parts, name)
+        for module in modules:
+            self.done(module)
+        return self._adapter(x, y, name, parts) if name in self.adapted else y
 
-def _stack_biases(parts: Sequence[Tensor | QuantizedWeight], biases: Sequence[Tensor | None]) -> Tensor | None:
-    """Put biases side by side; a part without one contributes zeros."""
-    if all(b is None for b in biases):
-        return None
-    return torch.cat([torch.zeros(_shape(p)[0]) if b is None else b for p, b in zip(parts, biases, strict=True)])
+    def part(self, module: str, bits: int | None, *, recorded_as: str = "") -> Part:
+        """Decide how a module stands in the graph: by its integers, else rounded to ``bits``, else as it is."""
+        name, (n, k) = recorded_as or module, self.source.shape(module)
+        if module in self.source.quantized:
+            stored = self.source.quantized_weight(module)
+            held = weights.regroup(stored)
+            if held is None:
+                self._fall_back(name, f"group size {stored.group_size} is not a multiple of 16: kept as float")
+                return Part(module, n, k, held=stored)
+            self.bits[name] = held.bits
+            return Part(module, n, k, held.bits, held.group_size, held=held)
+        size = fitting_group(k, self.options.group_size)
+        block = size and weights.block_size(size)
+        if bits is None:
+            self.bits[name] = "float"
+        elif size is None or block is None:
+            self._fall_back(name, f"no group of at least 16 divides {k} channels: kept as float")
+        else:
+            self.bits[name] = bits
+            return Part(module, n, k, bits, block, size)
+        return Part(module, n, k)
+
+    def _fall_back(self, name: str, reason: str) -> None:
+        log.warning("%s: %s", name, reason)
+        self.bits[name] = "float"
+        self.fallbacks[name] = reason
+
+    def integers(self, part: Part) -> Iterator[Callable[[], QuantizedWeight]]:
+        """Yield jobs that read and round a part's weight, some rows each, in order."""
+        if part.held is not None:
+            held = part.held
+            yield lambda: held
+            return
+        for read in self.source.slices(part.module):
+            yield partial(self._round, part, read)
+
+    def _round(self, part: Part, read: Callable[[], Tensor]) -> QuantizedWeight:
+        rounding, found = ROUNDING[self.options.algorithm], []
+        for rows in weights.row_tiles(read()):
+            tile = rows.float()
+            if not bool(torch.isfinite(tile.sum())):
+                raise PassError(f"{part.module}: holds NaN or infinity; mend the checkpoint")
+            assert part.bits is not None
+            rounded = weights.regroup(rounding(tile, part.bits, part.group_size, symmetric=self.options.symmetric))
+            assert rounded is not None
+            found.append(rounded)
+        return concatenate(found)
+
+    def floats(self, part: Part) -> Tensor:
+        """Return a whole float weight [N, K]."""
+        return self.source.weight(part.module) if part.held is None else part.held.dequantize()
+
+    def _product(self, x: ir.Value, parts: Sequence[Part], name: str) -> ir.Value:
+        bias = self._biases(parts)
+        offset = None if bias is None else self.graph.weight(f"{name}.bias", bias.numpy())
+        if parts[0].bits is not None:
+            return self.multiply(x, self.store(name, parts), name, bias=offset)
+        k, n = parts[0].k, sum(part.n for part in parts)
+        loaded = [self.floats(part) for part in parts]
+        chunks = weights.float_columns(loaded, self.graph.dtype.numpy().type)
+        weight = self.graph.stream(f"{name}.weight", self.graph.dtype, (k, n), chunks)
+        y = self.graph.op("MatMul", [x, weight], f"{name}.MatMul")
+        return y if offset is None else self.graph.op("Add", [y, offset], f"{name}.Add")
+
+    def _biases(self, parts: Sequence[Part]) -> Tensor | None:
+        """Put biases side by side; a part without one contributes zeros."""
+        names = [f"{part.module}.bias" for part in parts]
+        if not any(name in self.source for name in names):
+            return None
+        found = [self.source.tensor(name) if name in self.source else torch.zeros(part.n)
+                 for name, part in zip(names, parts, strict=True)]  # fmt: skip
+        return torch.cat(found)
+
+    def store(self, name: str, parts: Sequence[Part]) -> Stored:
+        """Write the integers of parts that are alike to the data file, stacked along N."""
+        n, k = sum(part.n for part in parts), parts[0].k
+        jobs = (lambda job=job: weights.blocks(job()) for part in parts for job in self.integers(part))
+        return self.write(name, jobs, (n, k), parts[0])
+
+    def write(
+        self, name: str, jobs: Iterator[Callable[[], weights.Blocks]], shape: tuple[int, int], like: Part
+    ) -> Stored:
+        """Write integers that come some rows at a time."""
+        (n, k), bits, block = shape, like.bits, like.block
+        assert bits is not None
+        scales: list[np.ndarray] = []
+        zeros: list[np.ndarray] = []
+
+        def codes() -> Iterator[np.ndarray]:
+            for packed, scale, zero_point in weights.in_order(jobs):
+                scales.append(scale)
+                zeros.append(zero_point)
+                yield packed
+
+        shape3 = (n, k // block, block * bits // 8)
+        weight = self.graph.stream(f"{name}.qweight", ir.DataType.UINT8, shape3, codes())
+        scale = self.graph.weight(f"{name}.scales", np.concatenate(scales))
+        zero = np.concatenate(zeros)
+        plain = zero.tobytes() == weights.middle_zero_point(k // block, bits) * n
+        zero_points = None if plain else self.graph.weight(f"{name}.qzeros", zero)
+        return Stored(weight, scale, zero_points, shape, bits, block)
+
+    def multiply(self, x: ir.Value, stored: Stored, name: str, bias: ir.Value | None = None) -> ir.Value:
+        """Return ``x`` [B, T, K] times the stored weight [N, K] transposed."""
+        n, k = stored.shape
+        inputs = [x, stored.weight, stored.scales, stored.zero_points, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        level = self.options.accuracy_level if self.options.target.accuracy_level else 0
+        attributes = {"K": k, "N": n, "bits": stored.bits, "block_size": stored.block, "accuracy_level": level}
+        return self.graph.op("MatMulNBits", inputs, f"{name}.MatMulNBits", attributes)
+
+    def _adapter(self, x: ir.Value, y: ir.Value, name: str, parts: Sequence[Part]) -> ir.Value:
+        """Add ``x @ A @ B``; A and B are inputs; their default has rank 0, which costs nothing."""
+        n, k = sum(part.n for part in parts), parts[0].k
+        rank = f"R.{name}"  # one symbol per module: ranks may differ between modules of one adapter
+        a = self._adapter_input(f"{name}.lora_A", (k, rank))
+        b = self._adapter_input(f"{name}.lora_B", (rank, n))
+        low = self.graph.op("MatMul", [x, a], f"{name}.lora_A.MatMul")  # [B, T, K] -> [B, T, R]
+        high = self.graph.op("MatMul", [low, b], f"{name}.lora_B.MatMul")  # [B, T, R] -> [B, T, N]
+        return self.graph.op("Add", [y, high], f"{name}.lora.Add")
+
+    def _adapter_input(self, name: str, shape: tuple[int | str, int | str]) -> ir.Value:
+        half = self.options.float16 or self.options.adapter_precision == "fp16"
+        empty = np.zeros([0 if isinstance(size, str) else size for size in shape], np.float16 if half else np.float32)
+        value = self.graph.optional_input(f"{name}.weight", shape, empty)
+        if self.graph.dtype == ir.DataType.from_numpy(empty.dtype):
+            return value
+        return self.graph.op("Cast", [value], f"{name}.Cast", {"to": self.graph.dtype})

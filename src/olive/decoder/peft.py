@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from olive.decoder.source import WRAPPERS
 from olive.errors import ConfigError
 from olive.quant.formats.shards import Shards
 
 PREFIX = "base_model.model."
-IN_LAYER = re.compile(r"model\.layers\.\d+\..+")
+IN_LAYER = re.compile(r".+\.\d+\..+")
 REFUSED = {
     "use_dora": "DoRA", "use_qalora": "QALoRA", "modules_to_save": "trained copies of whole modules",
-    "lora_bias": "a bias in LoRA", "fan_in_fan_out": "transposed weights", "layer_replication": "repeated layers",
+    "lora_bias": "a bias in LoRA", "layer_replication": "repeated layers",
     "trainable_token_indices": "trained tokens", "target_parameters": "bare parameters as targets",
     "alora_invocation_tokens": "activated LoRA", "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow routing",
 }  # fmt: skip
@@ -40,8 +41,8 @@ class Lora:
     """float32 [R, N], times alpha / R."""
 
 
-def read_peft(folder: Path) -> dict[str, Lora]:
-    """Read a PEFT adapter folder; the keys are module paths of the checkpoint."""
+def read_peft(folder: Path, layers: str = "model.layers.") -> dict[str, Lora]:
+    """Read a PEFT adapter folder; the keys are module paths of a text decoder that has its layers under ``layers``."""
     config = read_config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -52,8 +53,18 @@ def read_peft(folder: Path) -> dict[str, Lora]:
         a = tensors[f"{PREFIX}{module}.lora_A.weight"].float().numpy()  # [R, K]
         b = tensors[f"{PREFIX}{module}.lora_B.weight"].float().numpy()  # [N, R]
         scale = _scale(config, module, a.shape[0])
-        found[module] = Lora(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T) * np.float32(scale))
+        found[_plain(module, layers)] = Lora(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T) * np.float32(scale))
     return found
+
+
+def _plain(module: str, layers: str) -> str:
+    """Name a module as the text decoder does, whatever class the adapter was trained with: a model that also sees
+    keeps its decoder apart, and in a model without lm_head nothing is in front of the layers."""
+    base, _, bare = layers.partition(".")
+    wrapper = next((w for w in WRAPPERS if module.startswith(w)), None)
+    if wrapper is not None:
+        return f"{base}.{module.removeprefix(wrapper)}"
+    return f"{base}.{module}" if module.startswith(bare) else module
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -94,14 +105,6 @@ def modules(tensors: Iterable[str], folder: Path) -> list[str]:
             raise ConfigError(f"{folder}: tensor {name} has no partner {other}; the adapter file is not whole")
         if part[0] == "A":
             found.append(module)
-    return found
-
-
-def targets(adapters: Iterable[Path]) -> set[str]:
-    """Return every module that one of the adapters adapts."""
-    found: set[str] = set()
-    for folder in adapters:
-        found |= set(read_peft(folder))
     return found
 
 

@@ -20,9 +20,13 @@ FIELDS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", "short_mscale", "long_mscale"},
 }
 """The rope types that are built, with the settings of each."""
+OPTIONAL = {
+    "attention_factor", "short_mscale", "long_mscale", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,17 @@ class Rope:
     theta: float
     rotary_dim: int
     """Channels of a head that are rotated; the rest pass unchanged."""
-    max_positions: int
+    trained: int
+    """Positions that the model has; longrope scales its tables by them."""
+    rows: int
+    """Positions that the tables are for."""
     original: int
     """Positions seen in pretraining; longrope changes its factors beyond them, llama3 scales by them."""
     settings: Mapping[str, Any]
 
     def switches(self) -> bool:
         """Whether sequences longer than ``original`` use another table."""
-        return self.kind == "longrope" and self.max_positions > self.original
+        return self.kind == "longrope" and self.rows > self.original
 
     def table(self, *, long: bool = False) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, float32 [P, rotary_dim / 2] each; ``long``: for sequences beyond ``original``.
@@ -48,7 +55,7 @@ class Rope:
         Angles are float32 products as in transformers, so that positions far out agree with it.
         """
         frequency, scale = self._frequencies(long=long)
-        rows = self.original if self.switches() and not long else self.max_positions
+        rows = self.original if self.switches() and not long else self.rows
         angle = torch.arange(rows, dtype=torch.float32)[:, None] * frequency  # [P, 1] * [D / 2] -> [P, D / 2]
         return angle.cos().mul_(scale), angle.sin().mul_(scale)
 
@@ -61,6 +68,8 @@ class Rope:
             return frequency / self.settings["factor"], 1.0
         if self.kind == "llama3":
             return self._llama3(frequency), 1.0
+        if self.kind == "yarn":
+            return self._yarn(frequency)
         return frequency, 1.0
 
     def _longrope(self, exponent: Tensor, *, long: bool) -> tuple[Tensor, float]:
@@ -69,7 +78,7 @@ class Rope:
         factors = torch.tensor(self.settings[f"{name}_factor"], dtype=torch.float32)
         if len(factors) != len(exponent):
             raise ConfigError(f"config.json: {name}_factor has {len(factors)} values, expected {len(exponent)}")
-        ratio = self.settings.get("factor") or self.max_positions / self.original
+        ratio = self.settings.get("factor") or self.trained / self.original
         scale = math.sqrt(1 + math.log(ratio) / math.log(self.original)) if ratio > 1 else 1.0
         for key in ("attention_factor", f"{name}_mscale"):
             if self.settings.get(key) is not None:
@@ -85,16 +94,48 @@ class Rope:
         scaled = torch.where(wavelength > self.original / low, frequency / factor, between)
         return torch.where(wavelength < self.original / high, frequency, scaled)
 
+    def _yarn(self, frequency: Tensor) -> tuple[Tensor, float]:
+        """YaRN (Peng et al., arXiv 2309.00071, 2023): slow frequencies divided by ``factor``, fast ones kept, a ramp
+        between; the table is scaled by what the paper calls the attention temperature."""
+        given = self.settings
+        factor, half = given["factor"], len(frequency)
 
-def read(config: Mapping[str, Any], head_dim: int, *, partial: bool = False, aliases: Mapping[str, str] | None = None,
-         original: int | None = None) -> Rope:  # fmt: skip
-    """Read a config's rope settings, as ``rope_parameters`` or in the older spelling ``rope_scaling``.
+        def channel(rotations: float) -> float:
+            return half * math.log(self.original / (rotations * 2 * math.pi)) / math.log(self.theta)
+
+        low, high = channel(given.get("beta_fast") or 32), channel(given.get("beta_slow") or 1)
+        if given.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.rotary_dim - 1)
+        slow = ((torch.arange(half, dtype=torch.float32) - low) / (high - low or 0.001)).clamp(0, 1)
+
+        def temperature(weight: float = 1.0) -> float:
+            return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        scale = given.get("attention_factor")
+        if scale is None:
+            own, other = given.get("mscale"), given.get("mscale_all_dim")
+            scale = temperature(own) / temperature(other) if own and other else temperature()
+        return frequency / factor * slow + frequency * (1 - slow), float(scale)
+
+
+def read(
+    config: Mapping[str, Any],
+    head_dim: int,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    partial: bool = False,
+    aliases: Mapping[str, str] | None = None,
+    original: int | None = None,
+) -> Rope:
+    """Read a config's rope settings, as ``rope_parameters`` or in the older spelling ``rope_scaling``, or those given.
 
     ``partial``: the family honours ``partial_rotary_factor``; ``aliases``: its older names of rope types;
     ``original``: what it takes where the config does not give the pretraining length.
     """
-    settings = {k: v for k, v in (config.get("rope_scaling") or config.get("rope_parameters") or {}).items()
-                if v is not None}  # fmt: skip
+    if settings is None:
+        settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    settings = {k: v for k, v in settings.items() if v is not None}
     kind = settings.get("rope_type", settings.get("type", "default"))
     kind = (aliases or {}).get(kind, kind)
     if kind not in FIELDS:
@@ -102,7 +143,7 @@ def read(config: Mapping[str, Any], head_dim: int, *, partial: bool = False, ali
     unread = sorted(set(settings) - READ - FIELDS[kind])
     if unread:
         raise ConfigError(f"config.json: rope setting {unread[0]!r} is not understood for rope type {kind!r}")
-    needed = FIELDS[kind] - {"attention_factor", "short_mscale", "long_mscale"}
+    needed = FIELDS[kind] - OPTIONAL
     if kind == "longrope":
         needed -= {"factor"}
     missing = sorted(needed - set(settings))
@@ -117,4 +158,4 @@ def read(config: Mapping[str, Any], head_dim: int, *, partial: bool = False, ali
     positions = config["max_position_embeddings"]
     length = config.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
     theta = settings.get("rope_theta", config.get("rope_theta") or 10000.0)
-    return Rope(kind, float(theta), rotary_dim, positions, length or original or positions, settings)
+    return Rope(kind, float(theta), rotary_dim, positions, positions, length or original or positions, settings)

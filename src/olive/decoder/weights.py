@@ -5,35 +5,57 @@ Shape letters: N out channels, K in channels, S group size, G = K / S groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from olive.quant.affine import QuantizedWeight, concatenate, fitting_group, pack_bytes, round_to_nearest
+from olive.quant.affine import QuantizedWeight, concatenate, pack_bytes
 
 TILE = 1 << 20
 """Weights converted at once: their float32 copies (4 MB) stay in the processor's cache, which doubles speed."""
+THREADS = min(8, os.cpu_count() or 1)
+T = TypeVar("T")
+Blocks = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Codes uint8 [N, G, S * bits / 8], scales float32 [N, G], zero points uint8 [N, bytes]."""
 
 
-def round_weight(weight: Tensor, bits: int, group_size: int, *, symmetric: bool) -> QuantizedWeight | None:
-    """Round ``weight`` [N, K] to integers, some rows at a time; None where no group fits its K."""
-    size = fitting_group(weight.shape[1], group_size)
-    if size is None:
-        return None
-    parts = [round_to_nearest(rows, bits, size, symmetric=symmetric) for rows in _row_tiles(weight)]
-    return concatenate(parts)
+def in_order(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Run jobs on threads, only a few ahead of the caller, and yield their results in order."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(THREADS) as threads:
+        for job in jobs:
+            waiting.append(threads.submit(job))
+            if len(waiting) > THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def row_tiles(weight: Tensor) -> Sequence[Tensor]:
+    """Cut [N, K] into rows that a processor's cache holds."""
+    return weight.split(max(1, TILE // weight.shape[1]))
+
+
+def block_size(group_size: int) -> int | None:
+    """Return the groups that ONNX Runtime's operators take for ``group_size``: the largest power of two, 16 to 256,
+    that divides it; None if there is none."""
+    return next((b for b in (256, 128, 64, 32, 16) if group_size % b == 0), None)
 
 
 def regroup(weight: QuantizedWeight) -> QuantizedWeight | None:
     """Give a weight bits and groups that MatMulNBits and GatherBlockQuantized take; None if no group fits.
 
-    They take 2, 4 or 8 bits: codes of 3 bits are held in 4. They take groups of a power of two, 16 to 256: scales of
-    larger groups are repeated. The integers and what they stand for stay as they are.
+    They take 2, 4 or 8 bits: codes of 3 bits are held in 4. Scales of groups that they do not take are repeated. The
+    integers and what they stand for stay as they are.
     """
     size = weight.group_size
-    block = next((b for b in (256, 128, 64, 32, 16) if size % b == 0), None)
+    block = block_size(size)
     bits = 4 if weight.bits == 3 else weight.bits
     if block is None:
         return None
@@ -45,33 +67,34 @@ def regroup(weight: QuantizedWeight) -> QuantizedWeight | None:
     return QuantizedWeight(weight.codes, scale, zero_point, bits, weight.symmetric and bits == weight.bits)
 
 
-def blocks(weight: QuantizedWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Lay out a weight for MatMulNBits: codes uint8 [N, G, S * bits / 8], scales float32 [N, G] and zero points uint8
-    [N, bytes], each row filled up to whole bytes; None where all of them are the middle code, the default.
-    """
+def blocks(weight: QuantizedWeight) -> Blocks:
+    """Lay out a weight for MatMulNBits; each row of zero points is filled up to whole bytes."""
     n, groups = weight.scale.shape
     codes = pack_bytes(weight.codes, weight.bits).view(n, groups, -1)  # [N, K] -> [N, G, S * bits / 8]
     scale = weight.scale.float().contiguous().numpy()
-    middle = 1 << (weight.bits - 1)
-    if bool((weight.zero_point == middle).all()):
-        return codes.numpy(), scale, None
     return codes.numpy(), scale, pack_bytes(weight.zero_point, weight.bits).numpy()
 
 
-def float_rows(weight: Tensor) -> Iterator[np.ndarray]:
-    """Yield [N, K] as float32, some rows at a time."""
-    for rows in _row_tiles(weight):
-        yield rows.float().numpy()
+def middle_zero_point(groups: int, bits: int) -> bytes:
+    """Return the zero points of a row that has the middle code everywhere, which is the operators' default."""
+    return pack_bytes(torch.full((groups,), 1 << (bits - 1), dtype=torch.uint8), bits).numpy().tobytes()
 
 
-def float_columns(weights: Sequence[Tensor]) -> Iterator[np.ndarray]:
-    """Yield the transpose [K, sum of N] of weights [N, K] stacked along N as float32, some rows at a time."""
+def interleaved(first: QuantizedWeight, second: QuantizedWeight) -> QuantizedWeight:
+    """Put the rows of two weights one after the other in turns: [N, K] and [N, K] -> [2 N, K]."""
+    both = concatenate([first, second])
+
+    def mixed(tensor: Tensor) -> Tensor:
+        return tensor.view(2, -1, tensor.shape[1]).transpose(0, 1).reshape(tensor.shape)  # [2, N, X] -> [N, 2, X]
+
+    parts = (mixed(both.codes), mixed(both.scale), mixed(both.zero_point))
+    return QuantizedWeight(*parts, both.bits, both.symmetric)
+
+
+def float_columns(weights: Sequence[Tensor], dtype: type) -> Iterator[np.ndarray]:
+    """Yield the transpose [K, sum of N] of weights [N, K] stacked along N, some rows at a time."""
     k, n = weights[0].shape[1], sum(w.shape[0] for w in weights)
     step = max(1, TILE // n)
     for start in range(0, k, step):
         tile = torch.cat([w[:, start : start + step] for w in weights])
-        yield tile.t().float().contiguous().numpy()
-
-
-def _row_tiles(weight: Tensor) -> Iterator[Tensor]:
-    yield from weight.split(max(1, TILE // weight.shape[1]))
+        yield tile.t().float().contiguous().numpy().astype(dtype, copy=False)

@@ -1,12 +1,14 @@
-"""What an evaluator is: options as fields, and one method from a model on disk to numbers; and the evaluators by name."""
+"""What an evaluator is (its options as fields, one method from a model on disk to numbers), and all of them by name."""
 
 from __future__ import annotations
 
+import getpass
 import importlib
 import math
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +20,13 @@ from olive.target import Target
 
 EVALUATORS = {
     "quality": "olive.evaluate.text:TextQuality",
+    "accuracy": "olive.evaluate.accuracy:Accuracy",
+    "lm_eval": "olive.evaluate.harness:LmEval",
+    "speed": "olive.evaluate.speed:Speed",
+    "latency": "olive.evaluate.latency:Latency",
+    "memory": "olive.evaluate.memory:Memory",
     "size": "olive.evaluate.size:Size",
+    "function": "olive.evaluate.function:Function",
 }
 LOCK = Path(tempfile.gettempdir()) / "olive-measuring.lock"
 """Held by whoever measures time: one measurement at a time on this machine."""
@@ -34,7 +42,7 @@ class Measuring:
     """The adapter that the measured model uses: a PEFT folder, or an ``.onnx_adapter`` file of an ONNX model."""
     source_adapter: Path | None = None
     """The adapter that the source uses."""
-    target: Target = Target()
+    target: Target = field(default_factory=Target)
     """Where the model will run."""
     compute_device: str = "cpu"
     """Where checkpoints are computed: ``cpu`` or ``cuda``."""
@@ -92,15 +100,27 @@ def measured(evaluator: Evaluator, model: Model, ctx: Measuring) -> dict[str, fl
             f"{model.path}: {name} measures {' and '.join(evaluator.kinds)} models, and this is one of kind "
             f"{model.kind}; turn it into one with olive auto-opt first"
         )
-    if evaluator.exclusive:
-        from filelock import FileLock
-
-        with FileLock(LOCK, mode=0o666):  # other users of the machine wait at the same file
-            found = evaluator.measure(model, ctx)
-    else:
+    with _alone() if evaluator.exclusive else nullcontext():
         found = evaluator.measure(model, ctx)
     check(found, evaluator.metrics(), f"{name} of {model.path}")
     return found
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until nobody else on this machine measures time."""
+    from filelock import FileLock
+
+    try:
+        lock = FileLock(LOCK, mode=0o666)
+        lock.acquire()
+    except PermissionError:  # a system may forbid to open what another user made in a folder for all
+        lock = FileLock(LOCK.with_name(f"olive-measuring-{getpass.getuser()}.lock"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check(found: Mapping[str, float], metrics: Mapping[str, Metric], where: str) -> None:

@@ -1,4 +1,4 @@
-"""The metrics, each with its direction and unit: what a goal, a table or a plot must know before anything is measured."""
+"""The metrics, each with its direction and unit: what a goal, a table or a plot must know before it is measured."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from olive.model import Model, files
 
 
 class Size(Evaluator):
-    """Bytes on disk."""
+    """Bytes of all files of the model: weights, graph, tokenizer, configuration, and adapters that lie among them."""
 
     names = ("size_on_disk",)
 

@@ -28,6 +28,8 @@ class Context:
     """Where the pass computes: ``cpu`` or ``cuda``."""
     seed: int
     """Seed of everything random."""
+    digest: Callable[[Path], str]
+    """SHA-256 of a file; one that was read for the keys is not read again."""
     note: Callable[..., None]
     """``note(name=fact)`` records a fact for the report."""
     progress: Callable[[str, int, int], None]
@@ -71,6 +73,10 @@ class Pass(Config):
     def folders(self) -> tuple[Path, ...]:
         """Folders besides the model that the pass reads; their contents are part of the step's key."""
         return ()
+
+    def alone(self) -> Pass:
+        """Return the same work without what it writes besides its output."""
+        return self
 
     def missing(self) -> bool:
         """Tell whether something besides the output is asked for and not there: a cached output is not enough."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -17,15 +17,14 @@ from olive.errors import ConfigError, PassError
 from olive.model import Model
 from olive.passes.base import Context
 from olive.passes.calibrated import Calibrated, calibration_windows, gather
-from olive.passes.quantizer import Quantizer
+from olive.passes.held_back import HeldBack, hold_back
+from olive.passes.quantizer import BUDGET, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HELD_BACK = 8
-"""Calibration rows that are kept from the quantizers, to compare them on."""
-KEPT_LOGITS = 1 << 28
-"""Values of the float model's logits that are kept in memory for comparing; fewer rows are held back if need be."""
+    from olive.quant.affine import QuantizedWeight
+
 DEFAULT: tuple[dict[str, Any], ...] = (
     {"type": "kquant", "refine": 2},
     {"type": "awq", "refine": 2},
@@ -54,16 +53,24 @@ class Best(
     """Time to spend, as in 90s, 10m or 2h: a candidate that would not be done by then is given up. Default: as long as
     it takes."""
 
-    def run(self, model: Model, ctx: Context) -> Model:
+    fitted: ClassVar[bool] = True
+
+    def rounded(self, weight: Tensor, gram: Tensor | None, group: Any) -> QuantizedWeight:
+        """Round as GPTQ does."""
+        from olive.passes.gptq import Gptq
+
+        return Gptq(symmetric=self.symmetric).rounded(weight, gram, group)
+
+    def write(self, model: Model, ctx: Context) -> Model:
         began = time.perf_counter()
         limit = float("inf") if self.budget is None else seconds(self.budget)
         passes = [self._pass(number, options) for number, options in enumerate(self.candidates)]
-        ids, held = self._rows(model)
+        ids, held = hold_back(model, calibration_windows(self.data, model), "best")
         shared = ctx.scratch / "statistics"
         shutil.rmtree(shared, ignore_errors=True)
         if any(isinstance(step, Calibrated) for _, step in passes):
             gather(model, ctx, ids, shared)
-        expected = [row.cpu() for row in _logits(model, held, ctx.compute_device)]
+        judge = HeldBack(model, held, ctx.compute_device)
         tried: list[dict[str, Any]] = []
         winner: tuple[float, Path, dict[str, Any]] | None = None
         for number, (name, step) in enumerate(passes):
@@ -85,7 +92,7 @@ class Best(
             try:
                 made = step.run(model, own)
                 row["seconds"] = round(time.perf_counter() - started, 1)
-                row |= _compare(expected, _logits(made, held, ctx.compute_device), held)
+                row |= judge.compare(made)
                 row["bytes"] = sum(path.stat().st_size for path in made.path.glob("*.safetensors"))
             except OutOfTime:
                 row["not_done"] = f"would not end within {self.budget}"
@@ -114,24 +121,9 @@ class Best(
         if not issubclass(kind, Quantizer) or kind is Best:
             raise ConfigError(f"{where}: {options['type']} is not a quantizer that can be tried")
         own = {name: value for name, value in options.items() if name != "type"}
-        common = self.model_dump(include=set(Quantizer.model_fields))
+        common = self.model_dump(include=set(Quantizer.model_fields) - {"data", *BUDGET})
         name = ", ".join([options["type"], *(f"{key} {value}" for key, value in own.items())])
         return name, parse(kind, common | own, where + ".")
-
-    def _rows(self, model: Model) -> tuple[Tensor, Tensor]:
-        """Return calibration rows for the quantizers and, taken evenly from among them, rows to compare on."""
-        import torch
-
-        from olive.quant.formats.checkpoint import read_config
-
-        ids = calibration_windows(self.data, model)
-        vocabulary = int(read_config(model.path).get("vocab_size") or 1 << 17)
-        count = max(1, min(HELD_BACK, len(ids) // 4, KEPT_LOGITS // (vocabulary * ids.shape[1])))
-        if len(ids) < 2:
-            raise ConfigError("best: one row of calibration data is too little to choose by; give more data")
-        held = torch.zeros(len(ids), dtype=torch.bool)
-        held[[(2 * i + 1) * len(ids) // (2 * count) for i in range(count)]] = True
-        return ids[~held], ids[held]
 
 
 def _watched(
@@ -146,19 +138,3 @@ def _watched(
             raise OutOfTime
 
     return watch
-
-
-def _logits(model: Model, ids: Tensor, device: str) -> Any:
-    from olive.evaluate.logits import checkpoint_logits
-
-    return checkpoint_logits(model, ids, device)
-
-
-def _compare(expected: list[Any], found: Any, ids: Any) -> dict[str, float]:
-    from olive.evaluate.quality import Quality
-
-    quality = Quality()
-    for row, (want, got) in enumerate(zip(expected, found, strict=True)):
-        quality.add(want, got.cpu(), ids[row : row + 1])
-    figures = quality.figures()
-    return {name: figures[name] for name in ("perplexity_source", "perplexity", "kl_divergence", "top1_agreement")}

@@ -20,8 +20,9 @@ from olive.passes.quantizer import Quantizer, float_source
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from olive.quant.affine import QuantizedWeight
     from olive.quant.formats.writer import CheckpointWriter
-    from olive.quant.layer import Layer, Results
+    from olive.quant.layer import Layer, Results, Rounding
     from olive.quant.sites import Site
     from olive.quant.statistics import SavedStatistics, StatisticsWriter
     from olive.runtime.layers import Batch, LayeredModel
@@ -58,12 +59,18 @@ class Calibrated(
     save_statistics: str | None = None
     """New folder for the statistics of the float model's inputs, which serve other algorithms and settings."""
 
+    fitted: ClassVar[bool] = True
     sequential: ClassVar[bool] = False
     """Each layer sees what the layers before it give once they are quantized, so that it can make up for them."""
     targeted: ClassVar[bool] = False
     """The quantizer also sees what each layer of the float model gives."""
     tokens_per_step: ClassVar[int | None] = None
     """Tokens in a batch; None: as many as are quickest."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether the quantizer is fitted to data with these options."""
+        return True
 
     @property
     def compares(self) -> bool:
@@ -73,6 +80,13 @@ class Calibrated(
     def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
         """Quantize one layer's linears; ``groups`` gives bits and group size by name, None where one stays float."""
         raise NotImplementedError
+
+    def rounded_by(self, rounding: Rounding, weight: Tensor, gram: Tensor, group: Any) -> QuantizedWeight:
+        """Return a weight as ``rounding`` and the rounds of fitting give it."""
+        from olive.quant.refine import refine
+
+        found = rounding(weight, gram, group.bits, group.group_size, symmetric=self.symmetric)
+        return refine(weight, gram, found, self.refine)
 
     @model_validator(mode="after")
     def _one_source(self) -> Calibrated:
@@ -86,17 +100,20 @@ class Calibrated(
     def folders(self) -> tuple[Path, ...]:
         return (Path(self.statistics),) if self.statistics is not None else ()
 
+    def alone(self) -> Calibrated:
+        return self.model_copy(update={"save_statistics": None})
+
     def missing(self) -> bool:
         return self.save_statistics is not None and not Path(self.save_statistics).exists()
 
-    def run(self, model: Model, ctx: Context) -> Model:
+    def write(self, model: Model, ctx: Context) -> Model:
         from olive.passes.streamed import write_rest
         from olive.quant.formats.writer import CheckpointWriter
         from olive.quant.statistics import SavedStatistics, StatisticsWriter
 
         source, meta = float_source(model)
         groups = self.groups(meta, ctx)
-        layered, identity = _open(source, meta, ctx, exact=self.compares)
+        layered, identity = open_layers(source, meta, ctx, exact=self.compares)
         known = SavedStatistics(Path(self.statistics), identity) if self.statistics is not None else None
         ids = known.ids if known is not None else calibration_windows(self.data or DataSpec(), model)
         ctx.note(calibration_rows=len(ids), calibration_tokens=ids.numel())
@@ -106,7 +123,7 @@ class Calibrated(
         kept = StatisticsWriter(Path(self.save_statistics), identity, ids) if self.save_statistics else nullcontext()
         with kept as keeper:
             work = LayerByLayer(self, layered, source, writer, known, keeper, ctx)
-            work.start(ids, _rows_per_batch(ctx, ids, self.tokens_per_step))
+            work.start(ids, rows_per_batch(ctx, ids, self.tokens_per_step))
             for index, name, block in layered.layers():
                 own = {n.removeprefix(name + "."): g for n, g in groups.items() if n.startswith(name + ".")}
                 work.layer(index, name, block, own)
@@ -135,7 +152,7 @@ def gather(model: Model, ctx: Context, ids: Tensor, folder: Path) -> None:
     from olive.quant.statistics import StatisticsWriter
 
     source, meta = float_source(model)
-    layered, identity = _open(source, meta, ctx)
+    layered, identity = open_layers(source, meta, ctx)
     with StatisticsWriter(folder, identity, ids) as keeper:
         for layer in watched_layers(layered, ids, source.dtype(), ctx):
             layer.save(keeper)
@@ -147,7 +164,7 @@ def watched_layers(layered: LayeredModel, ids: Tensor, stored: Any, ctx: Context
     from olive.quant.layer import Layer
 
     probe = layered.start(ids[:1, :16], 1)[0]
-    batches = layered.start(ids, _rows_per_batch(ctx, ids))
+    batches = layered.start(ids, rows_per_batch(ctx, ids))
     for index, name, block in layered.layers():
         layer = Layer(name, block, stored, symmetric=False)
         layer.look(partial(layered.apply, index, block, probe), layered.head_dim())
@@ -157,7 +174,7 @@ def watched_layers(layered: LayeredModel, ids: Tensor, stored: Any, ctx: Context
         ctx.progress("statistics", index + 1, len(layered.blocks))
 
 
-def _open(source: Any, meta: Any, ctx: Context, *, exact: bool = False) -> tuple[LayeredModel, dict[str, str]]:
+def open_layers(source: Any, meta: Any, ctx: Context, *, exact: bool = False) -> tuple[LayeredModel, dict[str, str]]:
     """Return the model, to be run layer by layer where the pass computes, and what its statistics depend on.
     ``exact``: in float32 everywhere, for what compares its runs."""
     import torch
@@ -172,7 +189,7 @@ def _open(source: Any, meta: Any, ctx: Context, *, exact: bool = False) -> tuple
     return LayeredModel(source, meta, dtype=torch.float32 if exact else dtype, devices=devices), identity
 
 
-def _rows_per_batch(ctx: Context, ids: Tensor, tokens: int | None = None) -> int:
+def rows_per_batch(ctx: Context, ids: Tensor, tokens: int | None = None) -> int:
     return max(1, (tokens or TOKENS[ctx.compute_device]) // ids.shape[1])
 
 

@@ -10,6 +10,9 @@ from pydantic import Field
 from olive.passes.calibrated import Calibrated
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from olive.quant.affine import QuantizedWeight
     from olive.quant.layer import Layer, Results
 
 
@@ -35,6 +38,14 @@ class Gptq(Calibrated, sources=("olive.passes.gptq", *GPTQ)):
     @property
     def compares(self) -> bool:
         return self.compensate
+
+    def rounded(self, weight: Tensor, gram: Tensor | None, group: Any) -> QuantizedWeight:
+        """Round column by column, for the float model's inputs."""
+        from olive.quant.gptq import with_ranges
+
+        if gram is None:
+            return super().rounded(weight, gram, group)
+        return self.rounded_by(partial(with_ranges, damping=self.damping), weight, gram, group)
 
     def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
         """Choose ranges, then codes."""

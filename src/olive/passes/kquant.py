@@ -23,17 +23,27 @@ class Kquant(Calibrated, sources=("olive.passes.kquant",)):
     data: DataSpec | None = None
     """Data to measure the importance of channels on. Default: none, every channel counts alike."""
 
+    @property
+    def looks(self) -> bool:
+        return self.data is not None or self.statistics is not None
+
     def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
         """Search each group's range."""
         return layer.round(groups, _by_importance, self.refine)
 
-    def run(self, model: Model, ctx: Context) -> Model:
+    def rounded(self, weight: Tensor, gram: Tensor | None, group: Any) -> QuantizedWeight:
+        """Round, by importance if there is data."""
+        if gram is None or not self.looks:
+            return super().rounded(weight, gram, group)
+        return self.rounded_by(_by_importance, weight, gram, group)
+
+    def write(self, model: Model, ctx: Context) -> Model:
         from olive.passes.streamed import stream
         from olive.quant.kquant import kquant
 
-        if self.data is None and self.statistics is None:
+        if not self.looks:
             return stream(self, model, ctx, kquant)
-        return super().run(model, ctx)
+        return super().write(model, ctx)
 
 
 def _by_importance(weight: Tensor, gram: Tensor, bits: int, group_size: int, *, symmetric: bool) -> QuantizedWeight:

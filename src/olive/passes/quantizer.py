@@ -5,17 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from olive.data.spec import DataSpec
 from olive.errors import ConfigError
 from olive.model import Model
 from olive.passes.base import Context, Pass
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from olive.quant.affine import QuantizedWeight
+
 BITS = {"awq": (4,), "gptq": (2, 3, 4, 8), "compressed-tensors": (2, 3, 4, 8), "olive": (2, 4, 8)}
 """Bits per weight that each layout holds."""
 Table = Literal["float", "int4", "int8"]
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+"""Units of a size, in bytes."""
+PER_WEIGHT = "bpw"
+"""Unit of a size per quantized weight: bits."""
+BUDGET = ("target_size", "kl_budget", "size_of", "sensitivities")
+"""The options that ask for an allocation of bits."""
+ALLOCATION = (
+    "olive.passes.allocate", "olive.passes.held_back", "olive.passes.measured", "olive.passes.sensitivity",
+    "olive.passes.calibrated",
+    "olive.quant.allocate", "olive.quant.sensitivity", "olive.quant.layer", "olive.quant.sites",
+    "olive.quant.statistics", "olive.evaluate", "olive.data",
+)  # fmt: skip
+"""The modules that decide how bits are allocated."""
 
 
 class Quantizer(
@@ -30,8 +49,9 @@ class Quantizer(
         "olive.runtime.layers",
         "olive.runtime.experts",
         "olive.runtime.stored",
+        *ALLOCATION,
     ),
-    libraries=("torch", "transformers"),
+    libraries=("torch", "transformers", "tokenizers"),
 ):
     """Base of the quantizers; not a pass by itself."""
 
@@ -53,11 +73,67 @@ class Quantizer(
     """Precision of the output head; a head tied to the embeddings is one with them."""
     embeddings: Table = "float"
     """Precision of the token embeddings (format olive only)."""
+    target_size: str | None = None
+    """Size that the checkpoint is to have at most, as in 2.0GB, 900MiB or 4.25bpw (bits per quantized weight, scales
+    and zero points included). Bits and group size are then chosen by layer so that the model changes least."""
+    kl_budget: float | None = Field(None, gt=0)
+    """KL divergence (nats per token) that the checkpoint is to have at most, on rows that are kept from the quantizer.
+    Bits and group size are then chosen by layer so that it is smallest."""
+    size_of: Literal["checkpoint", "runtime"] = "checkpoint"
+    """What target_size and kl_budget count: bytes of the checkpoint, or of its weights in ONNX Runtime's memory."""
+    sensitivities: str | None = None
+    """File for what each setting would do to the model: written by the first run with target_size or kl_budget, and
+    read by later ones with other budgets."""
+    data: DataSpec | None = None
+    """Data to measure sensitivities on, with target_size or kl_budget. Default: a small shipped text."""
+
+    fitted: ClassVar[bool] = False
+    """The quantizer itself looks at the data."""
 
     @field_validator("overrides", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return {k: str(v) if isinstance(v, int) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("target_size")
+    @classmethod
+    def _a_size(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(rf"\d+(\.\d+)?({'|'.join([*UNITS, PER_WEIGHT])})", value):
+            raise ValueError(f"give a number and a unit ({', '.join(UNITS)} or {PER_WEIGHT}), as in 2.0GB or 4.25bpw")
+        return value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Quantizer:
+        given = [name for name in ("target_size", "kl_budget") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError("target_size, kl_budget: the one is made as small as the other allows; give one of them")
+        if given and self.format == "awq":
+            raise ValueError(
+                f"{given[0]}: the awq layout has one setting for all layers; use format gptq, compressed-tensors or "
+                "olive"
+            )
+        if self.sensitivities is not None and not given:
+            raise ValueError("sensitivities: they serve a budget; give target_size or kl_budget too")
+        if self.data is not None and not given and not self.fitted:
+            raise ValueError("data: this quantizer uses none without target_size or kl_budget; drop it or give one")
+        return self
+
+    @property
+    def allocates(self) -> bool:
+        """Whether bits and group size are chosen by layer."""
+        return self.target_size is not None or self.kl_budget is not None
+
+    def run(self, model: Model, ctx: Context) -> Model:
+        """Quantize, with bits and group sizes as given or as a budget has them."""
+        if not self.allocates:
+            return self.write(model, ctx)
+        from olive.passes.allocate import allocate
+
+        return allocate(self, model, ctx)
+
+    def write(self, model: Model, ctx: Context) -> Model:
+        """Quantize with bits and group sizes as given."""
+        raise NotImplementedError
 
     @model_validator(mode="after")
     def _possible(self) -> Quantizer:
@@ -88,24 +164,53 @@ class Quantizer(
         given = {"lm_head": self.lm_head, "embeddings": self.embeddings}
         return {name: value for name, value in given.items() if value != "float"}
 
+    def asked(self, model: Any) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int] | None]]:
+        """Return the shape of every linear layer and table that may be quantized, and the bits and group size that the
+        options ask for (None: float)."""
+        from olive.runtime.layers import decoder_linears
+
+        shapes = {name: (m.out_features, m.in_features) for name, m in decoder_linears(model).items()}
+        tables = self.tables(model)
+        _check_patterns("exclude", self.exclude, shapes)
+        _check_patterns("overrides", (o for o in self.overrides if o not in tables), shapes)
+        asked: dict[str, tuple[int, int] | None] = {}
+        for name in shapes:
+            asked[name] = self._setting(self.own_setting(name) or f"{self.bits}")
+            if any(fnmatch(name, pattern) for pattern in self.exclude):
+                asked[name] = None
+        for name, (shape, bits) in tables.items():
+            shapes[name] = shape
+            asked[name] = self._setting(self.overrides.get(name) or f"{bits}")
+        return shapes, asked
+
+    def fixed(self, name: str, asked: dict[str, tuple[int, int] | None]) -> str | None:
+        """Return the setting of a linear layer or table that the options leave no choice in: it is excluded or has an
+        override."""
+        setting = asked[name]
+        if setting is None:
+            return "float"
+        return f"{setting[0]}:{setting[1]}" if self.own_setting(name) else None
+
+    def rounded(self, weight: Tensor, gram: Tensor | None, group: Any) -> QuantizedWeight:  # noqa: ARG002
+        """Return a weight [N, K] about as this quantizer would round it, given the Gram matrix [K, K] of its inputs;
+        None for a table, which is rounded without data."""
+        from olive.quant.kquant import kquant
+
+        return kquant(weight, group.bits, group.group_size, symmetric=self.symmetric)
+
+    def own_setting(self, linear: str) -> str | None:
+        """Return the override of a linear layer, if it has one."""
+        fitting = [text for pattern, text in self.overrides.items() if fnmatch(linear, pattern)]
+        return fitting[-1] if fitting else None
+
     def groups(self, model: Any, ctx: Context) -> dict[str, Any]:
         """Choose each linear's bits and group size for a model without weights, and tell the report what fell back."""
         from torch import nn
 
         from olive.quant.formats.layout import end_of
         from olive.quant.formats.writer import choose_groups
-        from olive.runtime.layers import decoder_linears
 
-        shapes = {name: (m.out_features, m.in_features) for name, m in decoder_linears(model).items()}
-        _check_patterns("exclude", self.exclude, shapes)
-        _check_patterns("overrides", self.overrides, shapes)
-        asked: dict[str, tuple[int, int] | None] = {}
-        for name in shapes:
-            fitting = [text for pattern, text in self.overrides.items() if fnmatch(name, pattern)]
-            kept = any(fnmatch(name, pattern) for pattern in self.exclude)
-            asked[name] = None if kept else self._setting(fitting[-1]) if fitting else (self.bits, self.group_size)
-        for name, (shape, bits) in self._table_shapes(model).items():
-            shapes[name], asked[name] = shape, (bits, self.group_size)
+        shapes, asked = self.asked(model)
         groups: dict[str, Any] = {}
         for setting in dict.fromkeys(asked.values()):
             alike = {name: shapes[name] for name in shapes if asked[name] == setting}
@@ -127,8 +232,9 @@ class Quantizer(
         ctx.note(bits={n: g.bits if g else "float" for n, g in groups.items()}, fallbacks=fallbacks)
         return groups
 
-    def _table_shapes(self, model: Any) -> dict[str, tuple[tuple[int, int], int]]:
-        """Return shape and bits of the embeddings and the output head as far as they are to be quantized."""
+    def tables(self, model: Any) -> dict[str, tuple[tuple[int, int], int]]:
+        """Return shape and bits of the embeddings and the output head as far as they are to be quantized; a tied pair
+        is called by the embeddings' name."""
         wanted = {name: int(value[3:]) for name, value in self._tables().items()}
         if not wanted:
             return {}

@@ -11,6 +11,9 @@ from olive.passes.calibrated import Calibrated
 from olive.passes.gptq import GPTQ
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from olive.quant.affine import QuantizedWeight
     from olive.quant.layer import Layer, Results
 
 
@@ -30,6 +33,14 @@ class Tune(Calibrated, sources=("olive.passes.tune", "olive.quant.tune", *GPTQ))
     sequential: ClassVar[bool] = True
     targeted: ClassVar[bool] = True
     tokens_per_step: ClassVar[int | None] = 4096
+
+    def rounded(self, weight: Tensor, gram: Tensor | None, group: Any) -> QuantizedWeight:
+        """Round column by column, for the float model's inputs."""
+        from olive.quant.gptq import with_ranges
+
+        if gram is None:
+            return super().rounded(weight, gram, group)
+        return self.rounded_by(partial(with_ranges, damping=self.damping), weight, gram, group)
 
     def quantize(self, layer: Layer, groups: dict[str, Any]) -> Results:
         """Start from GPTQ."""

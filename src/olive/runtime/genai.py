@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from olive.errors import ConfigError, OliveError
 from olive.runtime import adapters as adapter_files
@@ -87,6 +89,7 @@ class Generator:
         except RuntimeError as error:
             raise OliveError(f"{folder}: ONNX Runtime GenAI cannot load it: {error}") from None
         self._adapters = onnxruntime_genai.Adapters(self._model)
+        self._taken: adapter_files.AdapterInputs | None = None
         self.names: list[str] = []
         for name, file in (adapters or {}).items():
             self.load_adapter(name, file)
@@ -103,7 +106,8 @@ class Generator:
         """Load one more adapter; it must fit the graph."""
         if name in self.names:
             raise ConfigError(f"adapter {name}: already loaded; give it another name")
-        adapter_files.check_file(file, self.folder)
+        self._taken = self._taken or adapter_files.read_graph(self.folder)
+        adapter_files.check_file(file, self._taken)
         self._adapters.load(str(file), name)
         self.names.append(name)
 
@@ -140,23 +144,70 @@ class Generator:
         return ids
 
     def stream(
-        self, prompt: str | list[int], *, adapter: str | None = None, max_new_tokens: int = 256, chat: bool = False
+        self,
+        prompt: str | list[int],
+        *,
+        adapter: str | None = None,
+        max_new_tokens: int = 256,
+        chat: bool = False,
+        to_the_end: bool = False,
     ) -> Stream:
-        """Start an answer; nothing is computed until it is iterated. ``prompt``: text or token ids."""
+        """Start an answer; nothing is computed until it is iterated. ``prompt``: text or token ids. ``to_the_end``: end
+        tokens are not chosen, so that the answer has all ``max_new_tokens``."""
+        ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else prompt
+        options = {"min_length": len(ids) + max_new_tokens} if to_the_end else {}
+        generator = self._start(adapter, len(ids), max_new_tokens, **options)
+        return Stream(generator, self.tokenizer.create_stream(), ids, max_new_tokens)
+
+    def _start(self, adapter: str | None, prompt: int, new: int, **options: int) -> Any:
         import onnxruntime_genai
 
         if adapter is not None:
             self._known(adapter)
-        ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else prompt
         parameters = onnxruntime_genai.GeneratorParams(self._model)
         try:
-            parameters.set_search_options(max_length=len(ids) + max_new_tokens, do_sample=False)
+            parameters.set_search_options(max_length=prompt + new, do_sample=False, **options)
             generator = onnxruntime_genai.Generator(self._model, parameters)
             if adapter is not None:
                 generator.set_active_adapter(self._adapters, adapter)  # before any token is read
         except RuntimeError as error:
-            raise ConfigError(f"{len(ids)} prompt tokens and {max_new_tokens} new ones: {error}") from None
-        return Stream(generator, self.tokenizer.create_stream(), ids, max_new_tokens)
+            raise ConfigError(f"{prompt} prompt tokens and {new} new ones: {error}") from None
+        return generator
+
+    def generate_rows(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        adapter: str | None = None,
+        max_new_tokens: int = 256,
+        done: Callable[[list[int]], bool] = lambda _: False,
+    ) -> list[list[int]]:
+        """Answer several prompts of token ids at once, greedily; return their new tokens, without the end token.
+
+        A row ends at an end token, or where ``done`` says so of its tokens."""
+        pad, ends = self.tokenizer.pad_token_id, set(self.tokenizer.eos_token_ids)
+        longest = max(len(ids) for ids in prompts)
+        # [B, T]: GenAI finds the end of a row by the padding on its right; on its left it would be read.
+        rows = np.array([ids + [pad] * (longest - len(ids)) for ids in prompts], np.int32)
+        generator = self._start(adapter, longest, max_new_tokens, batch_size=len(prompts))
+        found: list[list[int]] = [[] for _ in prompts]
+        open_rows = set(range(len(prompts)))
+        try:
+            generator.append_tokens(rows)
+            for _ in range(max_new_tokens):
+                if not open_rows or generator.is_done():
+                    break
+                generator.generate_next_token()
+                tokens = generator.get_next_tokens()
+                for row in list(open_rows):
+                    token = int(tokens[row])
+                    if token not in ends:
+                        found[row].append(token)
+                    if token in ends or done(found[row]):
+                        open_rows.remove(row)
+        except RuntimeError as error:
+            raise OliveError(f"ONNX Runtime GenAI stopped: {error}") from None
+        return found
 
     def generate(
         self,

@@ -30,6 +30,18 @@ def load(
     return model.eval().to(device)
 
 
+def load_adapted(folder: Path, adapter: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+    """Return a float32 causal language model with a PEFT adapter."""
+    from peft import PeftModel
+
+    base = load(folder, trust_remote_code=trust_remote_code)
+    try:
+        return PeftModel.from_pretrained(base, adapter).eval().to(device)
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{adapter}: not an adapter of {folder}: {reason}") from error
+
+
 def _load_float(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 

@@ -202,7 +202,7 @@ class Study:
         rivals = [self._trials[n].proxy for n, verdict in self._verdicts.items() if verdict.feasible]
         return Task(
             number, point, as_data(workflow), str(self._cache.root), self._source, self._options.proxy,
-            tuple(rival for rival in rivals if rival),
+            tuple(rival for rival in rivals if rival), self._cache.shared.url if self._cache.shared else None,
         )  # fmt: skip
 
     def _other(self, number: int) -> ConfigError:

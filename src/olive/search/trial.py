@@ -13,10 +13,12 @@ from olive.data.spec import DataSpec
 from olive.engine import Progress, make
 from olive.errors import OliveError
 from olive.evaluate.evaluators import Evaluator, evaluator_name
+from olive.fits import check
 from olive.goals import Judge, metric_names
 from olive.measure import Subject, beside_others, measure
 from olive.plan import Plan, plan
 from olive.search.pareto import far_behind
+from olive.shared import Shared
 from olive.workflow import Workflow, read_workflow
 
 FAR = 0.5
@@ -62,6 +64,8 @@ class Task:
     proxy: float | None = None
     rivals: tuple[dict[str, float], ...] = ()
     """On part of the data: figures of the feasible trials before this one."""
+    shared: str | None = None
+    """URL of the shared cache, if there is one."""
 
 
 def run_trial(task: Task, progress: Progress = lambda *_: None) -> Trial:
@@ -79,10 +83,16 @@ def run_trial(task: Task, progress: Progress = lambda *_: None) -> Trial:
 
 
 def _run(task: Task, trial: Trial, progress: Progress) -> None:
-    cache = Cache(Path(task.cache))
+    cache = Cache(Path(task.cache), Shared(task.shared) if task.shared is not None else None)
+    with cache.using():
+        _run_in(cache, task, trial, progress)
+
+
+def _run_in(cache: Cache, task: Task, trial: Trial, progress: Progress) -> None:
     workflow = read_workflow(task.workflow | {"output_dir": str(no_output(cache.root))}, "workflow")
     with beside_others():
         planned = plan(workflow, cache)
+        check(planned, cache)
         trial.steps = [step.key for step in planned.steps]
         made = make(planned, cache, progress)
         subject = Subject(made.model, made.key(), planned)

@@ -29,6 +29,8 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+MAX_BYTES = 4 << 30
+"""Bytes of tensors in one file."""
 T = TypeVar("T")
 
 
@@ -153,7 +155,7 @@ class ShardWriter:
     """Bytes that may wait to be written."""
 
     def __init__(
-        self, folder: Path, tensors: int = 100, max_bytes: int = 4 << 30, *, scratch: Path | None = None
+        self, folder: Path, tensors: int = 100, max_bytes: int = MAX_BYTES, *, scratch: Path | None = None
     ) -> None:
         """``tensors``: about how many will come; where more do, further files are begun."""
         self.folder, self.place, self.max_bytes = folder, scratch or folder, max_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from olive.quant.affine import QuantizedWeight, fitting_group
 from olive.quant.formats import FORMATS, holds
 from olive.quant.formats.checkpoint import Checkpoint
 from olive.quant.formats.layout import Grouping, end_of
-from olive.quant.formats.shards import INDEX, ShardWriter
+from olive.quant.formats.shards import INDEX, MAX_BYTES, ShardWriter
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".data", ".h5", ".msgpack", ".ot")
 NOT_COPIED = {"config.json", "quantize_config.json", "olive.json", INDEX, "pytorch_model.bin.index.json"}
@@ -69,10 +69,31 @@ class CheckpointWriter:
     def close(self, config: Mapping[str, Any]) -> None:
         """Finish the weights; write ``config`` and copy tokenizer, generation settings and the like."""
         self.shards.close()
-        (self.out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for path in sorted(self.source.iterdir()):
-            if path.is_file() and path.suffix not in WEIGHTS and path.name not in NOT_COPIED:
-                shutil.copyfile(path, self.out / path.name)
+        (self.out / "config.json").write_text(_as_text(config), encoding="utf-8")
+        for path in _copied(self.source):
+            shutil.copyfile(path, self.out / path.name)
+
+
+def _copied(source: Path) -> Iterator[Path]:
+    """Yield the files of a checkpoint that its quantized one has too."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHTS and path.name not in NOT_COPIED:
+            yield path
+
+
+def _as_text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2) + "\n"
+
+
+def checkpoint_bytes(source: Path, config: Mapping[str, Any], sizes: Sequence[int], tensors: int) -> int:
+    """Return how large a checkpoint with tensors of these ``sizes`` will be, given what :class:`CheckpointWriter` is
+    given; at most so large where the tensors fill several files."""
+    header = 8 + ShardWriter.ENTRY * (tensors + 2)
+    weights = sum(sizes)
+    files = 1 if weights <= MAX_BYTES else -(-weights // (MAX_BYTES - max(sizes)))
+    index = ShardWriter.ENTRY * len(sizes) if files > 1 else 0
+    others = sum(path.stat().st_size for path in _copied(source)) + len(_as_text(config).encode())
+    return weights + files * header + index + others
 
 
 def quantization_config(
