@@ -1,6 +1,6 @@
 """How many trials the samplers need to find what an exhaustive search finds.
 
-    python benchmarks/search.py MODEL --text TEXT --study FOLDER [--seeds 10] [--trials 25] [--markdown FILE]
+    python benchmarks/search.py MODEL --text TEXT --study FOLDER [--seeds 10] [--trials 25]
 
 The template below has three passes, two of them with holes. Every combination is made and measured once, by the grid
 sampler; its study in FOLDER is the exhaustive table, and an interrupted run goes on. Then the samplers search with
@@ -12,7 +12,7 @@ the table's KL divergences.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -25,7 +25,6 @@ from olive.search.study import Study, search
 from olive.search.trial import Task, Trial
 from olive.workflow import read_workflow
 
-QUANTILES = (0.2, 0.35, 0.5, 0.65, 0.8)
 WITHIN = 1.02
 
 
@@ -77,7 +76,7 @@ class Table:
 def replay(args: argparse.Namespace, trials: list[Trial], sampler: str, seed: int, limit: float) -> list[Trial]:
     """Search with one seed over the table."""
     goals = [f"kl_divergence <= {limit}", "size_on_disk minimal"]
-    data = template(args, goals, sampler=sampler, trials=len(trials)) | {"seed": seed}
+    data = template(args, goals, sampler=sampler, trials=args.trials) | {"seed": seed}
     head = read_workflow(data | {"passes": [STAND_IN]})
     with tempfile.TemporaryDirectory() as folder, open_journal(Path(folder), {}) as journal:
         cache = Cache(default_root())
@@ -85,9 +84,9 @@ def replay(args: argparse.Namespace, trials: list[Trial], sampler: str, seed: in
         return study.found(study.run()).trials
 
 
-def hits(found: list[Trial], goal: float, limit: float) -> int:
-    """Return the number of the first trial that hits, from 1."""
-    return next(i for i, trial in enumerate(found, 1) if good(trial, goal, limit))
+def hits(found: list[Trial], goal: float, limit: float) -> float:
+    """Return the number of the first trial that hits, from 1; infinity if none does."""
+    return next((i for i, trial in enumerate(found, 1) if good(trial, goal, limit)), math.inf)
 
 
 def good(trial: Trial, goal: float, limit: float) -> bool:
@@ -105,39 +104,51 @@ def main() -> None:
     parser.add_argument("--study", required=True)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=25)
-    parser.add_argument("--samplers", nargs="+", default=["tpe", "random", "qmc", "nsga2"])
+    parser.add_argument("--quantiles", type=float, nargs="+", default=[0.2, 0.35, 0.5, 0.65, 0.8])
+    parser.add_argument("--samplers", nargs="+", default=["tpe", "gp", "random"])
     args = parser.parse_args()
     everything = template(args, ["kl_divergence minimal", "size_on_disk minimal"], sampler="grid", study=args.study)
     trials = search(everything, Cache(default_root()), progress=lambda *_: None).trials
     show(trials)
     kls = sorted(trial.metrics["kl_divergence"] for trial in trials if trial.state == "complete")
-    print("\n| KL divergence at most | good of all | sampler | hits within | median trials to hit | of each seed |")
+    print(
+        f"\n| KL divergence at most | good | sampler | seeds that hit in {args.trials} | median trials | of each seed |"
+    )
     print("|---|---|---|---|---|---|")
-    for quantile in QUANTILES:
+    for quantile in args.quantiles:
         limit = float(f"{kls[int(quantile * len(kls))]:.3g}")
         feasible = [t for t in trials if t.state == "complete" and t.metrics["kl_divergence"] <= limit]
         goal = WITHIN * min(t.metrics["size_on_disk"] for t in feasible)
         number = sum(good(t, goal, limit) for t in feasible)
         for sampler in args.samplers:
             needed = [hits(replay(args, trials, sampler, seed, limit), goal, limit) for seed in range(args.seeds)]
-            within = f"{sum(n <= args.trials for n in needed)} of {args.seeds} within {args.trials}"
-            print(
+            within = f"{sum(n <= args.trials for n in needed)} of {args.seeds}"
+            row = (
                 f"| {limit:g} | {number} of {len(trials)} | {sampler} | {within} | "
-                f"{statistics.median(needed):g} | {' '.join(map(str, needed))} |"
+                f"{statistics.median(needed):g} | {' '.join(f'{n:g}' for n in needed)} |"
             )
+            print(row, flush=True)
 
 
 def show(trials: list[Trial]) -> None:
-    """Print the exhaustive table, smallest first."""
-    paths = list(dict.fromkeys(path for trial in trials for path in trial.values))
-    print(f"| {' | '.join(path.removeprefix('passes.') for path in paths)} | KL divergence | MB | seconds |")
-    print("|" + "---|" * (len(paths) + 3))
-    for trial in sorted(trials, key=lambda t: t.metrics.get("size_on_disk", 0)):
-        values = " | ".join(json.dumps(trial.values.get(path)).strip('"') for path in paths)
-        figures = trial.reason or (
-            f"{trial.metrics['kl_divergence']:.5f} | {trial.metrics['size_on_disk'] / 1e6:.3f} | {trial.seconds:.1f}"
-        )
-        print(f"| {values} | {figures} |")
+    """Print the exhaustive table: KL divergence and megabytes, by quantizer and by the decoder's tables."""
+    rows: dict[tuple[str, ...], dict[tuple[str, ...], Trial]] = {}
+    for trial in trials:
+        values = [str(value) for value in trial.values.values()]
+        rows.setdefault(tuple(values[:3]), {})[tuple(values[3:])] = trial
+    columns = list(next(iter(rows.values())))
+    print(
+        f"| quantizer, bits, group | {' | '.join(f'lm_head {head}, embeddings {table}' for head, table in columns)} |"
+    )
+    print("|" + "---|" * (len(columns) + 1))
+    for quantizer, row in rows.items():
+        print(f"| {' '.join(quantizer)} | {' | '.join(_cell(row[column]) for column in columns)} |")
+
+
+def _cell(trial: Trial) -> str:
+    if trial.state != "complete":
+        return str(trial.reason)
+    return f"{trial.metrics['kl_divergence']:.5f} ({trial.metrics['size_on_disk'] / 1e6:.2f} MB)"
 
 
 if __name__ == "__main__":

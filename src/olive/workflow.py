@@ -50,9 +50,9 @@ class Verification(Config):
 class Search(Config):
     """How the best values of a workflow's holes are looked for."""
 
-    sampler: Literal["tpe", "random", "grid", "nsga2", "qmc"] = "tpe"
-    """What is tried next: tpe learns from the trials before; nsga2 evolves a population, for several objectives; qmc
-    spreads evenly; random; grid is every combination in order."""
+    sampler: Literal["tpe", "gp", "random", "grid", "nsga2", "qmc"] = "tpe"
+    """What is tried next: tpe and gp learn from the trials before; nsga2 evolves a population, for several objectives;
+    qmc spreads evenly; random; grid is every combination in order."""
     trials: int | None = Field(None, ge=1)
     """Trials at most; combinations that are not valid do not count. Default: 100; with grid, all."""
     time: Time | None = None

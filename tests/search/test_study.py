@@ -13,7 +13,7 @@ from searching import Fake, Stop, run, template
 from olive.errors import ConfigError
 from olive.search.study import Found
 
-SAMPLERS = ["tpe", "random", "grid", "nsga2", "qmc"]
+SAMPLERS = ["tpe", "gp", "random", "grid", "nsga2", "qmc"]
 RTN = {"type": "rtn", "bits": {"choice": [2, 3, 4, 8]}, "group_size": {"choice": [32, 64]},
        "symmetric": {"choice": [False, True]}}  # fmt: skip
 GOALS = ["kl_divergence <= 0.1", "size_on_disk minimal"]

@@ -14,12 +14,13 @@ from olive.search.space import Choice, Hole, Point, Space, plain
 if TYPE_CHECKING:
     import optuna
 
-REDRAWS = 24
-"""Draws of points that were tried before, until an untried one is taken."""
+REDRAWS = {"gp": 3}
+REDRAWS_ELSE = 24
+"""Draws of points that were tried before, until an untried one is taken; a Gaussian process insists on its best."""
 LISTED = 4096
 """Spaces of at most this many points are listed to find the untried ones."""
-STARTUP = 8
-"""Random trials before TPE begins."""
+STARTUP, GP_STARTUP = 8, 6
+"""Random trials before TPE, and a Gaussian process, begins."""
 
 
 @dataclass(frozen=True)
@@ -93,22 +94,24 @@ class Optuna:
         import optuna
 
         self._space, self._tried = space, tried
+        self._redraws = REDRAWS.get(name, REDRAWS_ELSE)
         self._random = random.Random(seed)
+        self._best: tuple[tuple[float, tuple[float, ...]], Point] | None = None
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # TPE's group
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # TPE's group, GP
             own = _optuna_sampler(name, seed)
         self._study = optuna.create_study(directions=["minimize"] * max(1, objectives), sampler=own)
 
     def ask(self) -> Asked | None:
-        for _ in range(REDRAWS):
+        for _ in range(self._redraws):
             asked = self._draw()
             if asked is not None:
                 return asked
         untried = self._untried()
         if not untried:
             return None
-        point = self._random.choice(untried)
+        point = self._random.choice(self._nearest(untried))
         params = {hole.path: _to_param(hole, point[hole.path]) for hole in self._open(point)}
         self._study.enqueue_trial(params)
         return self._draw()
@@ -132,12 +135,23 @@ class Optuna:
             return []
         return [point for point in self._space.points() if point not in self._tried]
 
+    def _nearest(self, points: list[Point]) -> list[Point]:
+        """Return those that share most values with the best point so far."""
+        if self._best is None:
+            return points
+        best = self._best[1].items()
+        shared = [sum(path in point and point[path] == value for path, value in best) for point in points]
+        return [point for point, count in zip(points, shared, strict=True) if count == max(shared)]
+
     def tell(self, asked: Asked, verdict: Verdict | None) -> None:
         import optuna
 
         if verdict is None:  # counts as worse than what is complete
             self._study.tell(asked.trial, state=optuna.trial.TrialState.PRUNED)
             return
+        rank = sum(verdict.violations.values()), verdict.objectives if verdict.feasible else ()
+        if self._best is None or rank < self._best[0]:
+            self._best = rank, asked.point
         for goal, violation in verdict.violations.items():
             asked.trial.set_constraint(goal, violation)
         self._study.tell(asked.trial, list(verdict.objectives) or [sum(verdict.violations.values())])
@@ -149,6 +163,8 @@ def _optuna_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     match name:
         case "random":
             return optuna.samplers.RandomSampler(seed=seed)
+        case "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=GP_STARTUP, deterministic_objective=True)
         case "nsga2":
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=16)
         case "qmc":
