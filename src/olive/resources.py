@@ -69,8 +69,8 @@ class Watch:
         import psutil
 
         process = psutil.Process()
-        while True:
+        last = False
+        while not last:
+            last = self._done.wait(INTERVAL_S) if self.peak else False
             now = process.memory_info()
             self.peak = max(self.peak, now.rss - getattr(now, "shared", 0))
-            if self._done.wait(INTERVAL_S):
-                return
