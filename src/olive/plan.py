@@ -187,11 +187,6 @@ def _source_key(source: Model, digest: Callable[[Path], str]) -> str:
     return step_digest(parts)
 
 
-def step_key(step: Pass, input_key: str, workflow: Workflow, device: str) -> str:
-    """Digest everything that decides a step's result."""
-    return step_digest(key_parts(step, input_key, workflow, device))
-
-
 def key_parts(step: Pass, input_key: str, workflow: Workflow, device: str) -> dict[str, Any]:
     """Return everything that decides a step's result."""
     return {

@@ -30,12 +30,6 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def summary(name: str) -> str:
-    """Return what a recipe is for."""
-    first = _file(name).read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip()
-
-
 def recipe(name: str) -> dict[str, Any]:
     """Return a recipe as the plain data of a workflow file."""
     data: dict[str, Any] = load(_file(name))
