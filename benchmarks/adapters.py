@@ -132,13 +132,18 @@ class Bench:
         """Print the time of the adapter's nodes in a token without an adapter."""
         seen = ortgenai.profile(self.folder / "adapted" / "model", "decode", self.args.threads)
         nodes = {name: ms for (_, name), ms in seen.by_node.items() if ".lora" in name}
-        parts: dict[str, float] = defaultdict(float)
+        parts: dict[str, list[float]] = defaultdict(list)
         for name, ms in nodes.items():
-            parts[name[name.index(".lora") + 1 :]] += ms
-        total = sum(parts.values())
+            parts[name[name.index(".lora") + 1 :]].append(ms)
+        total = sum(nodes.values())
         print(f"\nNo adapter active: {len(nodes)} nodes of adapters take {total:.3f} of {seen.run_ms:.2f} ms a token, "
               f"{total / seen.run_ms:.2%} (profiled)")  # fmt: skip
-        print(", ".join(f"{part} {ms:.3f}" for part, ms in parts.items()))
+        # what the profiler itself adds to a node: the products with A have nothing to do
+        print(
+            ", ".join(
+                f"{part} {sum(ms):.3f} ms, {statistics.median(ms) * 1e3:.1f} µs each" for part, ms in parts.items()
+            )
+        )
 
     def many(self) -> None:
         """Measure and print what many adapters on one base cost, and whether their answers are right."""

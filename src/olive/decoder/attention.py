@@ -35,9 +35,29 @@ class Positions:
     """int32 scalar: tokens so far, with those of this run."""
     length: ir.Value
     """int64 [1]: the same."""
+    matrices: bool = False
+    """Activations are [B * T, K] but in attention, for operators that take nothing else; else [B, T, K]."""
     _tables: dict[int, tuple[Rope, ir.Value, ir.Value]] = field(default_factory=dict)
     _ids: ir.Value | None = None
     _run: ir.Value | None = None
+    _shape: ir.Value | None = None
+
+    def joined(self, x: ir.Value, k: int) -> ir.Value:
+        """Bring [B, T, K] to the form outside attention."""
+        if not self.matrices:
+            return x
+        shape = self.graph.constant(f"rows_of_{k}", np.array([-1, k], np.int64))
+        return self.graph.op("Reshape", [x, shape], f"{x.name}.Joined")  # [B, T, K] -> [B * T, K]
+
+    def apart(self, x: ir.Value) -> ir.Value:
+        """Undo :meth:`joined`."""
+        if not self.matrices:
+            return x
+        if self._shape is None:
+            sizes = self.graph.op("Shape", [self.tokens], "positions.shape")
+            rest = self.graph.constant("rest", np.array([-1], np.int64))
+            self._shape = self.graph.op("Concat", [sizes, rest], "positions.apart", {"axis": 0})
+        return self.graph.op("Reshape", [x, self._shape], f"{x.name}.Apart")  # [B * T, K] -> [B, T, K]
 
     def ids(self) -> ir.Value:
         """Return the positions int64 [B, T] of this run's tokens."""
@@ -79,7 +99,7 @@ class Positions:
         return cos, sin
 
 
-def positions(graph: Graph, tokens: ir.Value) -> Positions:
+def positions(graph: Graph, tokens: ir.Value, *, matrices: bool) -> Positions:
     """Add the attention mask input and derive positions from it; ``tokens`` int64 [B, T]."""
     mask = graph.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
     axis = graph.constant("mask_axis", np.array([1], np.int64))
@@ -90,7 +110,7 @@ def positions(graph: Graph, tokens: ir.Value) -> Positions:
     shape = graph.op("Shape", [mask], "positions.Shape", {"start": 1, "end": 2})
     length = graph.op("Squeeze", [shape], "positions.length")
     total = graph.op("Cast", [length], "positions.total", {"to": ir.DataType.INT32})
-    return Positions(graph, mask, tokens, last, total, shape)
+    return Positions(graph, mask, tokens, last, total, shape, matrices)
 
 
 def _tables(graph: Graph, rope: Rope, length: ir.Value, suffix: str) -> tuple[ir.Value, ir.Value]:
@@ -120,14 +140,14 @@ def _tables(graph: Graph, rope: Rope, length: ir.Value, suffix: str) -> tuple[ir
 
 
 def attention(linears: Linears, norms: Norms, arch: Architecture, layer: int, x: ir.Value, at: Positions) -> ir.Value:
-    """Attention of one layer over ``x`` [B, T, K], with its part of the cache as graph inputs and outputs."""
+    """Attention of one layer over ``x``, in the form of ``at``, with its part of the cache as inputs and outputs."""
     graph, prefix, options = linears.graph, arch.prefix(layer), linears.options
     kept = options.kv_cache if options.kv_cache in ("float32", "float16") else ""
     dtype = CACHE_TYPES[kept] if kept else graph.dtype
     cache: list[int | str] = ["batch_size", arch.kv_heads, "past_sequence_length", arch.head_dim]
     past = [graph.input(f"past_key_values.{layer}.{part}", dtype, cache) for part in ("key", "value")]
     module = prefix + arch.qkv_module()
-    packed = linears(x, [prefix + part for part in arch.names.qkv], module)
+    packed = at.apart(linears(x, [prefix + part for part in arch.names.qkv], module))
     parent, rope = module.rpartition(".")[0], arch.ropes[layer]
     query: list[ir.Value | None] = [packed, None, None]
     split = bool(arch.names.q_norm) or not options.target.packed_qkv
@@ -167,4 +187,4 @@ def attention(linears: Linears, norms: Norms, arch: Architecture, layer: int, x:
     for value, part in zip(present, ("key", "value"), strict=True):
         graph.output(value, f"present.{layer}.{part}", dtype, full)
     out = prefix + arch.names.attention_out
-    return linears(mixed, [out], out)
+    return linears(at.joined(mixed, arch.heads * arch.head_dim), [out], out)

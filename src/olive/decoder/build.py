@@ -79,10 +79,11 @@ def build(
 def _decoder(graph: Graph, linears: Linears, norms: Norms, arch: Architecture) -> None:
     ids = graph.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     tables, names = Tables(linears, arch), arch.names
-    at = positions(graph, ids)
+    at = positions(graph, ids, matrices=bool(linears.adapted))
     residual = tables.embed(ids)
     if names.positions:
         residual = tables.positions(residual, at.ids())
+    residual = at.joined(residual, arch.hidden)
     first = arch.prefix(0) + names.before_attention
     x = norms.plain(residual, first) if names.before_attention else residual
 
@@ -103,6 +104,7 @@ def _decoder(graph: Graph, linears: Linears, norms: Norms, arch: Architecture) -
             y, residual = norms.add(mixed, residual, names.before_mlp and prefix + names.before_mlp)
             thought = added(mlp(linears, arch, layer, y), names.after_mlp, prefix)
         x, residual = norms.add(thought, residual, following, last=last)
+    x = at.apart(x)
     only_last = linears.options.logits == "last"
     logits = tables.head(at.last_rows(x) if only_last else x)
     shape = ["batch_size", 1 if only_last else "sequence_length", arch.vocab]

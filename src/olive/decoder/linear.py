@@ -80,7 +80,8 @@ class Linears:
         return self.linear(x, modules, name, self.options.layer_bits)
 
     def linear(self, x: ir.Value, modules: Sequence[str], name: str, bits: int | None) -> ir.Value:
-        """Return the outputs of ``modules`` for ``x`` [B, T, K] side by side [B, T, sum of N]."""
+        """Return the outputs of ``modules`` for ``x`` [B, T, K] side by side [B, T, sum of N]; in a graph with adapters
+        the first two axes of both are one."""
         parts = [self.part(module, bits) for module in modules]
         if len({(part.bits, part.block) for part in parts}) > 1:  # not alike: a product each
             each = [self._product(x, [part], part.module) for part in parts]
@@ -194,7 +195,7 @@ class Linears:
         return Stored(weight, scale, zero_points, shape, bits, block)
 
     def multiply(self, x: ir.Value, stored: Stored, name: str, bias: ir.Value | None = None) -> ir.Value:
-        """Return ``x`` [B, T, K] times the stored weight [N, K] transposed."""
+        """Return ``x`` [..., K] times the stored weight [N, K] transposed."""
         n, k = stored.shape
         inputs = [x, stored.weight, stored.scales, stored.zero_points, None, bias]
         while inputs[-1] is None:
@@ -204,14 +205,14 @@ class Linears:
         return self.graph.op("MatMulNBits", inputs, f"{name}.MatMulNBits", attributes)
 
     def _adapter(self, x: ir.Value, y: ir.Value, name: str, parts: Sequence[Part]) -> ir.Value:
-        """Add ``x @ A @ B``; A and B are inputs; their default has rank 0, which costs nothing."""
+        """Add ``x @ A @ B``, for matrices ``x`` [B * T, K] and ``y`` [B * T, N]; A and B are inputs, of rank 0 unless
+        they are given. Two Gemm, of which the second adds: without an adapter, nodes are all that it costs."""
         n, k = sum(part.n for part in parts), parts[0].k
         rank = f"R.{name}"  # one symbol per module: ranks may differ between modules of one adapter
         a = self._adapter_input(f"{name}.lora_A", (k, rank))
         b = self._adapter_input(f"{name}.lora_B", (rank, n))
-        low = self.graph.op("MatMul", [x, a], f"{name}.lora_A.MatMul")  # [B, T, K] -> [B, T, R]
-        high = self.graph.op("MatMul", [low, b], f"{name}.lora_B.MatMul")  # [B, T, R] -> [B, T, N]
-        return self.graph.op("Add", [y, high], f"{name}.lora.Add")
+        low = self.graph.op("Gemm", [x, a], f"{name}.lora_A.Gemm")  # [B * T, K] -> [B * T, R]
+        return self.graph.op("Gemm", [low, b, y], f"{name}.lora_B.Gemm")  # [B * T, R] -> [B * T, N]
 
     def _adapter_input(self, name: str, shape: tuple[int | str, int | str]) -> ir.Value:
         half = self.options.float16 or self.options.adapter_precision == "fp16"

@@ -79,8 +79,8 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "size", _bytes(after), f"{after / before - 1:+.0%} from {_bytes(before)}" if before else ""
     found = report["verification"]
     if "kl_divergence" in found:
-        yield "KL divergence", _figure(found["kl_divergence"]), "nats per token from the source"
-        yield "top-1 agreement", f"{found['top1_agreement']:.1%}", "with the source"
+        yield "KL divergence", _figure(found["kl_divergence"]), "nats per token, in verification"
+        yield "top-1 agreement", f"{found['top1_agreement']:.1%}", "with the source, in verification"
         yield "perplexity", _figure(found["perplexity"]), f"source {_figure(found['perplexity_source'])}"
     if report["goals"]:
         judged = [goal["met"] for goal in report["goals"] if goal["met"] is not None]
