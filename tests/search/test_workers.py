@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from test_trial import EASY, RTN, task
@@ -161,6 +162,31 @@ def test_a_ray_cluster_gives_the_table_of_one_process(model: Path, tmp_path: Pat
         Ray(Search(workers="ray", cpus=3))
     with pytest.raises(ConfigError, match=r"a trial asks for 1 CPU and 0.5 GPU, the Ray cluster has 2 CPU and 0 GPU"):
         Ray(Search(workers="ray", gpus=0.5))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_ray_worker_that_is_killed_loses_no_trial(model: Path, tmp_path: Path) -> None:
+    one = grid(model, tmp_path / "one")
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        """Kill a worker at work, once a trial is finished."""
+        journal = tmp_path / "ray" / "out.study" / "trials.jsonl"
+        while not killed:
+            time.sleep(0.01)
+            busy = [
+                p for p in psutil.process_iter(["cmdline"]) if "ray::run_trial" in " ".join(p.info["cmdline"] or [])
+            ]
+            if busy and journal.exists() and '"finished"' in journal.read_text():
+                busy[0].kill()
+                killed.append(busy[0].pid)
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
+    two = grid(model, tmp_path / "ray", workers="ray")
+    thread.join(timeout=1)
+    assert len(killed) == 1
+    assert table(two) == [(t.number, t.state, t.values, t.metrics) for t in one.trials]
 
 
 def test_ray_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
