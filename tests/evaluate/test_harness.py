@@ -10,9 +10,11 @@ import pytest
 import yaml
 from pairs import Pair
 
+from olive.cache import Cache
 from olive.errors import ConfigError, OliveError
 from olive.evaluate.evaluators import Measuring, measured
 from olive.evaluate.harness import LmEval
+from olive.search.study import search
 
 SENTENCES = ["The river is wide.", "A bird sings in the old tree.", "Rain.", "Nobody knew the way to the station."]
 CHOICES = [{"query": f"Say: {text}", "choices": [f" {other}" for other in SENTENCES[:3]] + [" A", " B"], "gold": i}
@@ -144,6 +146,23 @@ def test_a_measurement_gives_every_metric_and_repeats(form: str, pair: Pair, tas
     assert set(found) == set(asked.metrics())
     assert facts == {"rows": {"choose": 2, "read": 2}}
     assert measured(asked, model, Measuring()) == found
+
+
+def test_a_search_takes_a_task_as_its_objective(pair: Pair, tasks: Path, tmp_path: Path) -> None:
+    """The existing tool's cannot."""
+    template = {
+        "input_model": {"path": str(pair.hf.path)},
+        "passes": [{"type": "rtn", "group_size": 16, "bits": {"choice": [2, 8]}}],
+        "evaluators": {"lm": {"type": "lm_eval", "tasks": ["read", "choose"], "include_path": str(tasks)}},
+        "goals": ["read.word_perplexity <= input * 10", "read.byte_perplexity minimal", "choose.acc maximal"],
+        "search": {"sampler": "grid"},
+        "output_dir": str(tmp_path / "out"),
+    }
+    found = search(template, Cache(tmp_path / "cache"))
+    scores = [trial.metrics["read.byte_perplexity"] for trial in found.trials]
+    assert len(set(scores)) == 2
+    assert found.best == scores.index(min(scores))
+    assert all(trial.feasible and 0 <= trial.metrics["choose.acc"] <= 1 for trial in found.trials)
 
 
 def test_a_task_may_be_a_file(tasks: Path, pair: Pair) -> None:
