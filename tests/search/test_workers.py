@@ -168,11 +168,12 @@ def test_a_ray_cluster_gives_the_table_of_one_process(model: Path, tmp_path: Pat
 def test_a_ray_worker_that_is_killed_loses_no_trial(model: Path, tmp_path: Path) -> None:
     one = grid(model, tmp_path / "one")
     killed: list[int] = []
+    over = threading.Event()
 
     def kill_one() -> None:
         """Kill a worker at work, once a trial is finished."""
         journal = tmp_path / "ray" / "out.study" / "trials.jsonl"
-        while not killed:
+        while not (killed or over.is_set()):
             time.sleep(0.01)
             busy = [
                 p for p in psutil.process_iter(["cmdline"]) if "ray::run_trial" in " ".join(p.info["cmdline"] or [])
@@ -183,8 +184,11 @@ def test_a_ray_worker_that_is_killed_loses_no_trial(model: Path, tmp_path: Path)
 
     thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
-    two = grid(model, tmp_path / "ray", workers="ray")
-    thread.join(timeout=1)
+    try:
+        two = grid(model, tmp_path / "ray", workers="ray")
+    finally:
+        over.set()
+        thread.join()
     assert len(killed) == 1
     assert table(two) == [(t.number, t.state, t.values, t.metrics) for t in one.trials]
 

@@ -206,7 +206,7 @@ class Linears:
 
     def _adapter(self, x: ir.Value, y: ir.Value, name: str, parts: Sequence[Part]) -> ir.Value:
         """Add ``x @ A @ B``, for matrices ``x`` [B * T, K] and ``y`` [B * T, N]; A and B are inputs, of rank 0 unless
-        they are given. Two Gemm, of which the second adds: without an adapter, nodes are all that it costs."""
+        they are given. Two Gemm, of which the second adds: without an adapter, they cost a copy of ``y``."""
         n, k = sum(part.n for part in parts), parts[0].k
         rank = f"R.{name}"  # one symbol per module: ranks may differ between modules of one adapter
         a = self._adapter_input(f"{name}.lora_A", (k, rank))

@@ -6,6 +6,7 @@ import getpass
 import importlib
 import math
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -68,9 +69,9 @@ class Evaluator(Config):
         """Return the metrics that these options give, by name."""
         return {name: METRICS[name] for name in self.names}
 
+    @abstractmethod
     def measure(self, model: Model, ctx: Measuring) -> dict[str, float]:
         """Return a number for each of the metrics, or raise."""
-        raise NotImplementedError
 
 
 def evaluator_class(name: str, where: str = "evaluator") -> type[Evaluator]:
