@@ -79,6 +79,27 @@ def test_trained_models_answer_as_in_transformers(name: str, tmp_path: Path) -> 
     assert_greedy(model, OnnxDecoder(tmp_path, 1), prompt, answer.tokens)
 
 
+def test_a_raw_prompt_begins_as_the_tokenizer_has_it_begin(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    file = tmp_path / "hf" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    first = tokenizer["added_tokens"][0]
+    text, begin = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": first["content"], "type_id": 0}}
+    token = {"id": first["content"], "ids": [first["id"]], "tokens": [first["content"]]}
+    tokenizer["post_processor"] = {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text],
+                                   "special_tokens": {first["content"]: token}}  # fmt: skip
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())
+    generator, theirs = Generator(tmp_path / "onnx"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert generator.encode("hello there") == theirs("hello there").input_ids
+    assert generator.encode("hello there")[0] == first["id"]
+    chat = theirs.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    assert generator.encode("hello", chat=True) == chat["input_ids"]
+    assert generator.encode("hello there")[0] == first["id"]  # the template did not switch it off
+
+
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     folder = tmp_path_factory.mktemp("adapted")
@@ -141,8 +162,6 @@ def test_adapter_errors(adapted: tuple[Path, dict[str, Path]], tmp_path: Path) -
     (tmp_path / "y.onnx_adapter").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"not an \.onnx_adapter file"):
         generator.load_adapter("y", tmp_path / "y.onnx_adapter")
-    generator.unload_adapter("a")
-    assert generator.names == []
 
 
 def test_broken_folders(tmp_path: Path) -> None:

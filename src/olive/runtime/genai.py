@@ -111,15 +111,6 @@ class Generator:
         self._adapters.load(str(file), name)
         self.names.append(name)
 
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter that no stream uses."""
-        self._known(name)
-        try:
-            self._adapters.unload(name)
-        except RuntimeError as error:
-            raise OliveError(f"adapter {name}: {error}; end the answers that use it first") from None
-        self.names.remove(name)
-
     def _known(self, name: str) -> None:
         if name not in self.names:
             raise ConfigError(f"adapter {name}: not loaded; loaded are {', '.join(self.names) or 'none'}")
@@ -132,13 +123,16 @@ class Generator:
             text = self.tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
         except RuntimeError as error:
             raise ConfigError(f"{self.folder}: no usable chat template: {error}; pass the whole prompt") from None
-        return self.encode(text)
+        return self._ids(text, special="false")  # templates write such tokens themselves
 
     def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """Return the token ids of a prompt; ``chat``: as a user's message in the model's chat template."""
-        if chat:
-            return self.encode_chat([{"role": "user", "content": prompt}])
-        ids = [int(i) for i in self.tokenizer.encode(prompt)]
+        """Return the token ids of a prompt, with what the tokenizer puts around a text; ``chat``: as a user's message
+        in the model's chat template."""
+        return self.encode_chat([{"role": "user", "content": prompt}]) if chat else self._ids(prompt, special="true")
+
+    def _ids(self, text: str, *, special: str) -> list[int]:
+        self.tokenizer.update_options(add_special_tokens=special)
+        ids = [int(i) for i in self.tokenizer.encode(text)]
         if not ids:
             raise ConfigError("the prompt is empty; give at least one token")
         return ids
