@@ -7,8 +7,7 @@ MODEL is a folder with a float checkpoint; the adapters are random.
 
 build: makes what is missing in FOLDER: a graph without and one with adapter inputs, and the adapters.
 cost: decode and prefill of the graph without inputs (in two processes, to see the noise), of the other one without and
-with an adapter, interleaved in an order that changes; then the profiled time of the adapter's nodes while none is
-active.
+with an adapter, interleaved in an order that changes. adapter_nodes.py compares without that noise.
 many: loads all adapters on one base, takes another one for each request, and compares every answer with that of the
 adapter loaded alone; prints the memory.
 """
@@ -30,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ortgenai
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -126,24 +124,6 @@ class Bench:
         for ours, theirs in (("active", "unused"), ("active", "plain"), ("unused", "plain"), ("plain again", "plain")):
             ratios = [paired(found[ours, phase], found[theirs, phase]) for phase in phases]
             print(f"| {ours} / {theirs} | {' | '.join(ratios)} |")
-        self._profile()
-
-    def _profile(self) -> None:
-        """Print the time of the adapter's nodes in a token without an adapter."""
-        seen = ortgenai.profile(self.folder / "adapted" / "model", "decode", self.args.threads)
-        nodes = {name: ms for (_, name), ms in seen.by_node.items() if ".lora" in name}
-        parts: dict[str, list[float]] = defaultdict(list)
-        for name, ms in nodes.items():
-            parts[name[name.index(".lora") + 1 :]].append(ms)
-        total = sum(nodes.values())
-        print(f"\nNo adapter active: {len(nodes)} nodes of adapters take {total:.3f} of {seen.run_ms:.2f} ms a token, "
-              f"{total / seen.run_ms:.2%} (profiled)")  # fmt: skip
-        # what the profiler itself adds to a node: the products with A have nothing to do
-        print(
-            ", ".join(
-                f"{part} {sum(ms):.3f} ms, {statistics.median(ms) * 1e3:.1f} µs each" for part, ms in parts.items()
-            )
-        )
 
     def many(self) -> None:
         """Measure and print what many adapters on one base cost, and whether their answers are right."""
