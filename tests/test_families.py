@@ -41,6 +41,16 @@ def test_any_architecture_with_linear_layers_is_quantized(family: str, algorithm
     assert main(["dequantize", "-m", str(tmp_path / "q"), "-o", str(tmp_path / "f"), "--max_kl", "1e-5"]) == 0
 
 
+def test_gpt2_whose_layers_hold_no_linear_modules_is_built_and_not_quantized(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.checkpoint(tmp_path / "hf", "gpt2")
+    argv = ["-m", str(tmp_path / "hf"), "-o"]
+    assert main(["auto-opt", *argv, str(tmp_path / "onnx"), "--max_kl", "1e-5"]) == 0
+    assert main(["quantize", *argv, str(tmp_path / "q"), "--algorithm", "rtn"]) != 0
+    assert "no list of decoder layers with Linear modules" in capsys.readouterr().err
+
+
 def test_an_unknown_family_is_built_by_genai_and_said_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,8 @@ from olive.decoder import lora
 from olive.decoder.build import build
 from olive.decoder.families import FAMILIES
 from olive.decoder.options import Options
+from olive.evaluate.logits import checkpoint_logits
+from olive.model import Model
 from olive.quant.affine import fitting_group, round_to_nearest
 from olive.quant.formats.checkpoint import Checkpoint
 from olive.runtime.session import OnnxDecoder
@@ -87,6 +89,14 @@ def test_logits_of_padded_rows_and_of_the_last_position_alone(family: str, tmp_p
         expected = logits(model, ids[row : row + 1, :length])[0].numpy()
         assert np.abs(everywhere[row, :length] - expected).max() < BOUND
         assert np.abs(last[row, 0] - expected[-1]).max() < BOUND
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_the_checkpoint_that_a_graph_is_verified_against_is_run_layer_by_layer(family: str, tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "hf", family, **tiny.DECODERS[family])
+    ids = tiny.ids(40)
+    found = torch.cat(list(checkpoint_logits(Model("hf", tmp_path / "hf"), ids, "cpu")))
+    assert (found - logits(model, ids)).abs().max() < BOUND
 
 
 def raw_logits(folder: Path, ids: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:

@@ -72,6 +72,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3 with a window on them": (
         "smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 16},
     ),
+    "smollm3 with windows by layer_types alone": (
+        "smollm3",
+        {"num_hidden_layers": 4, "sliding_window": 16, "layer_types": ["sliding_attention", *["full_attention"] * 3]},
+    ),
     "granite": (
         "granite",
         {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4, "logits_scaling": 1.7},
@@ -99,6 +103,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, weights as they come, one layer dense": (
         "qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [1]},
     ),
+    "qwen3_moe with a window, on layers before max_window_layers too": (
+        "qwen3_moe", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
 }  # fmt: skip
 
 
@@ -116,6 +123,43 @@ def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     ids = tiny.ids(80)
     given = OnnxDecoder(tmp_path / "onnx", 1).logits(ids.numpy())
     assert np.abs(given - expected(model, ids)).max() < BOUND
+
+
+PHI3_LONGROPE = {"type": "longrope", "short_factor": [1.0 + i for i in range(8)],
+                 "long_factor": [2.0 + i for i in range(8)], "original_max_position_embeddings": 32}  # fmt: skip
+EDITED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "mistral with windows by layer_types, as in Ministral 8B": (
+        "mistral", {"sliding_window": 16}, {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3 with the original length among the rope's settings alone": (
+        "phi3", {}, {"rope_parameters": None, "rope_scaling": PHI3_LONGROPE, "original_max_position_embeddings": None},
+    ),
+    "gemma3 as Google gives those that see, with few sizes": (
+        "gemma3",
+        {"text_config": tiny.SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}},
+        {"text_config": {name: tiny.SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                                                             "vocab_size")}
+         | {"model_type": "gemma3_text", "head_dim": 16, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}},
+    ),
+}  # fmt: skip
+"""Configs that transformers does not write itself: family, what makes the checkpoint, what is then changed in its file
+(None: left out)."""
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_logits_where_config_json_says_it_another_way(case: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    family, made, changes = EDITED[case]
+    tiny.checkpoint(tmp_path / "hf", family, **made)
+    file = tmp_path / "hf" / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in changes or v is not None}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager")
+    build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())
+    ids = tiny.ids(80)
+    given = OnnxDecoder(tmp_path / "onnx", 1).logits(ids.numpy())
+    assert np.abs(given - expected(model.eval(), ids)).max() < BOUND
 
 
 PHI35 = {  # the numbers of Phi-3.5-mini-instruct that decide on positions; 4 of its 32 heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 
 import tiny
 from olive.decoder import weights
 from olive.decoder.build import build
 from olive.decoder.options import Options
+from olive.errors import ConfigError
 from olive.quant.affine import QuantizedWeight, pack_bytes, round_to_nearest
 from olive.quant.formats.checkpoint import Checkpoint
 from olive.runtime.session import OnnxDecoder
@@ -176,6 +179,53 @@ def test_a_linear_that_no_group_divides_stays_float_and_is_reported(tmp_path: Pa
     assert set(facts["fallbacks"]) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
     assert "100 channels" in facts["fallbacks"]["model.layers.0.mlp.down_proj"]
     assert facts["bits"]["model.layers.0.mlp.down_proj"] == "float"
+
+
+@pytest.mark.parametrize(("hidden_size", "inner"), [(64, 40), (72, 96)])
+def test_experts_stay_float_together_and_are_reported(hidden_size: int, inner: int, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", "qwen3_moe", hidden_size=hidden_size, moe_intermediate_size=inner)
+    facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options("int4", group_size=32))
+    experts = {name for name in facts["bits"] if ".experts." in name}
+    assert len(experts) == 2 * 6 * 3
+    assert {facts["bits"][name] for name in experts} == {"float"}
+    assert experts <= set(facts["fallbacks"])
+
+
+@pytest.mark.parametrize(("family", "router"), [("qwen3_moe", "mlp.gate"), ("mixtral", "block_sparse_moe.gate")])
+def test_a_router_of_integers_becomes_float(family: str, router: str, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", family)
+    name = f"model.layers.0.{router}"
+    other = {name: (4, 16)}
+    found = quantize(tmp_path / "hf", tmp_path / "q", "compressed-tensors", 4, 16, symmetric=False, other=other)
+    build(Checkpoint(tmp_path / "q"), tmp_path / "onnx", EXACT)
+    arrays = {i.name: i for i in onnx.load(tmp_path / "onnx" / "model.onnx").graph.initializer}
+    stored = numpy_helper.to_array(arrays[f"{name}.weight"])
+    assert np.array_equal(stored, found[name].dequantize().t().numpy())
+
+
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [("gptq", "scales"), ("gptq", "qzeros"), ("awq", "qzeros"), ("compressed-tensors", "weight_shape")],
+)
+def test_a_part_of_a_weight_is_missing(method: str, part: str, tmp_path: Path) -> None:
+    module = "model.layers.1.mlp.up_proj"
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    quantize(tmp_path / "hf", tmp_path / "q", method, 4, 32, symmetric=False)
+    (file,) = (tmp_path / "q").glob("*.safetensors")
+    save_file({n: t for n, t in load_file(file).items() if n != f"{module}.{part}"}, file)
+    with pytest.raises(ConfigError, match=f"{module}: {part} is missing"):
+        build(Checkpoint(tmp_path / "q"), tmp_path / "onnx", EXACT)
+
+
+def test_config_that_tells_other_bits(tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    quantize(tmp_path / "hf", tmp_path / "q", "gptq", 4, 32, symmetric=False)
+    file = tmp_path / "q" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["bits"] = 8
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="do not fit; see whether quantization_config"):
+        build(Checkpoint(tmp_path / "q"), tmp_path / "onnx", EXACT)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

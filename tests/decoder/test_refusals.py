@@ -32,6 +32,8 @@ from olive.runtime.session import OnnxDecoder
         ({"num_hidden_layers": 1}, r"tensor model\.layers\.1\.\S+ has no place in the family llama"),
         ({"num_hidden_layers": 3}, r"tensor model\.layers\.2\.self_attn\.q_proj\.weight is missing"),
         ({"vocab_size": None}, "vocab_size: required, but not given"),
+        ({"vocab_size": 300}, r"embed_tokens\.weight is \[320, 64\], but config\.json says \[300, 64\]"),
+        ({"hidden_size": 96, "head_dim": 16}, r"embed_tokens\.weight is \[320, 64\], .* says \[320, 96\]"),
         ({"model_type": "qwen2"}, r"q_proj\.bias is missing for the family qwen2"),
     ],
 )
@@ -40,6 +42,27 @@ def test_config_that_is_not_honoured(changes: dict[str, Any], message: str, tmp_
     file = tmp_path / "hf" / "config.json"
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(ConfigError, match=message):
+        build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "made", "changes", "message"),
+    [
+        ("gpt2", {"hidden_size": 48}, {}, "heads of 12 channels; ONNX Runtime takes multiples of 8"),
+        ("gpt2", {}, {"n_positions": 512}, r"wpe\.weight has 256 rows, but the positions in config\.json need 512"),
+        ("opt", tiny.DECODERS["opt"], {"max_position_embeddings": 512}, r"embed_positions\.weight has 258 .* need 514"),
+        ("gemma3_text", tiny.DECODERS["gemma3_text"] | {"attn_logit_softcapping": 50.0}, {},
+         "attn_logit_softcapping 50.0 is not supported for gemma3_text; only None"),
+    ],
+)  # fmt: skip
+def test_what_one_family_does_not_take(
+    family: str, made: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    tiny.checkpoint(tmp_path / "hf", family, **made)
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ConfigError, match=message):
         build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())
     assert not (tmp_path / "onnx").exists()

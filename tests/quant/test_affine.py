@@ -72,6 +72,13 @@ def test_every_code_can_be_stored_and_read_back() -> None:
         assert torch.equal(unpack_bits(packed, bits), values)
 
 
+def test_one_word_in_each_row_of_a_transposed_tensor_is_unpacked() -> None:
+    values = torch.randint(0, 16, (5, 8), dtype=torch.uint8)
+    transposed = pack_bits(values, 4).view(1, 5).clone().t()
+    assert transposed.shape == (5, 1) and transposed.stride() == (1, 5)
+    assert torch.equal(unpack_bits(transposed, 4), values)
+
+
 @pytest.mark.parametrize(
     ("k", "asked", "found"),
     [(256, 128, 128), (96, 128, 32), (80, 128, 16), (100, 128, None), (96, 96, 96), (96, -1, 96)],

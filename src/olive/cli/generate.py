@@ -21,7 +21,9 @@ def parser(prog: str) -> Parser:
     own = Parser(prog, "Generate text with a folder that auto-opt wrote.")
     own.add_argument("-m", "--model_name_or_path", metavar="FOLDER", help="The ONNX model's folder.")
     own.add_argument("-p", "--prompt", metavar="TEXT", help="What to answer; else standard input is read.")
-    own.add_argument("--raw", action="store_true", help="Give the prompt to the model as text to go on from, without chat template.")
+    own.add_argument(
+        "--raw", action="store_true", help="Give the prompt to the model as text to go on from, without chat template."
+    )
     own.add_argument("--interactive", action="store_true", help="Chat: answer each line until an empty one.")
     own.add_argument(
         "--adapter",

@@ -148,6 +148,13 @@ def _check_tensors(source: Source, arch: Architecture) -> int:
     for module in needed:
         if not source.has_module(module):
             raise ConfigError(f"{where}: tensor {module}.weight is missing for the family {arch.name}")
+    for module in ends:
+        if source.shape(module) != (arch.vocab, arch.hidden):
+            raise ConfigError(f"{where}: tensor {module}.weight is {list(source.shape(module))}, but config.json says "
+                              f"{[arch.vocab, arch.hidden]}")  # fmt: skip
+    if names.positions and source.shape(names.positions)[0] < arch.first_position + arch.max_positions:
+        raise ConfigError(f"{where}: tensor {names.positions}.weight has {source.shape(names.positions)[0]} rows, but "
+                          f"the positions in config.json need {arch.first_position + arch.max_positions}")  # fmt: skip
     biased = [arch.prefix(i) + part for i in layers for part in arch.biased]
     for name in [*biased, *(norms if arch.norm == "layer" else [])]:
         if f"{name}.bias" not in source:

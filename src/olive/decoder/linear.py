@@ -99,7 +99,7 @@ class Linears:
             stored = self.source.quantized_weight(module)
             held = weights.regroup(stored)
             if held is None:
-                self._fall_back(name, f"group size {stored.group_size} is not a multiple of 16: kept as float")
+                self.fall_back(name, f"group size {stored.group_size} is not a multiple of 16: kept as float")
                 return Part(module, n, k, held=stored)
             self.bits[name] = held.bits
             return Part(module, n, k, held.bits, held.group_size, held=held)
@@ -108,13 +108,14 @@ class Linears:
         if bits is None:
             self.bits[name] = "float"
         elif size is None or block is None:
-            self._fall_back(name, f"no group of at least 16 divides {k} channels: kept as float")
+            self.fall_back(name, f"no group of at least 16 divides {k} channels: kept as float")
         else:
             self.bits[name] = bits
             return Part(module, n, k, bits, block, size)
         return Part(module, n, k)
 
-    def _fall_back(self, name: str, reason: str) -> None:
+    def fall_back(self, name: str, reason: str) -> None:
+        """Record a module that stays float against what was asked."""
         log.warning("%s: %s", name, reason)
         self.bits[name] = "float"
         self.fallbacks[name] = reason

@@ -65,10 +65,14 @@ def _experts(linears: Linears, arch: Architecture, experts: Experts, layer: int,
     names = [[prefix + name.format(i) for i in range(experts.count)] for name in
              (experts.gate, experts.up, experts.down)]  # fmt: skip
     gates, ups, downs = ([linears.part(module, linears.options.layer_bits) for module in row] for row in names)
+    every = (*gates, *ups, *downs)
     name = (prefix + experts.down).partition(".{}")[0]
     attributes = {"k": experts.chosen, "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0,
                   "activation_beta": 0.0, "normalize_routing_weights": int(experts.normalized)}  # fmt: skip
-    if gates[0].bits is None:
+    if any(part.bits is None for part in every) and not any(part.bits and part.held for part in every):
+        for part in every:
+            if part.bits is not None:
+                linears.fall_back(part.module, "another matrix of the layer's experts stays float: kept as float")
         inputs = _float_experts(linears, name, gates, ups, downs)
         y = graph.op("MoE", [x, scores, *inputs], f"{name}.MoE", attributes)
     else:

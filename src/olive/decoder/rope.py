@@ -131,7 +131,7 @@ def read(
     """Read a config's rope settings, as ``rope_parameters`` or in the older spelling ``rope_scaling``, or those given.
 
     ``partial``: the family honours ``partial_rotary_factor``; ``aliases``: its older names of rope types;
-    ``original``: what it takes where the config does not give the pretraining length.
+    ``original``: its pretraining length where the config gives none beside the rope's settings.
     """
     if settings is None:
         settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -156,6 +156,7 @@ def read(
     if rotary_dim % 16:
         raise ConfigError(f"config.json: {rotary_dim} rotated channels per head; ONNX Runtime takes multiples of 16")
     positions = config["max_position_embeddings"]
-    length = config.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
+    key = "original_max_position_embeddings"
+    length = config.get(key) or original or settings.get(key) or positions  # in the order of transformers
     theta = settings.get("rope_theta", config.get("rope_theta") or 10000.0)
-    return Rope(kind, float(theta), rotary_dim, positions, positions, length or original or positions, settings)
+    return Rope(kind, float(theta), rotary_dim, positions, positions, length, settings)

@@ -95,7 +95,9 @@ class Source:
         return [partial(self._rows, module, start, min(start + step, n)) for start in range(0, n, step)]
 
     def weight(self, module: str) -> Tensor:
-        """Return a whole float weight [N, K] in the type that the checkpoint holds."""
+        """Return a whole weight [N, K]: in the type that the checkpoint holds, float32 if it holds integers."""
+        if module in self.quantized:
+            return self.quantized_weight(module).dequantize()
         return torch.cat([read() for read in self.slices(module)])
 
     def _rows(self, module: str, start: int, stop: int) -> Tensor:

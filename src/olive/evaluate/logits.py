@@ -47,7 +47,7 @@ def checkpoint_logits(
     remains to be computed."""
     meta = skeleton(model.path, trust_remote_code=model.trust_remote_code)
     tensors = change(open_tensors(model.path, meta, trust_remote_code=model.trust_remote_code))
-    layered = LayeredModel(tensors, meta, dtype=torch.float32, devices=[device])
+    layered = LayeredModel(tensors, meta, dtype=torch.float32, devices=[device], transposed=True)
     batches = layered.start(ids, 1)
     file = kept / f"hidden-{_digest(model, ids, device)}.safetensors" if kept is not None else None
     if file is not None and file.is_file():

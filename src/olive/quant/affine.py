@@ -154,4 +154,6 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, count: int | None = None) -> Tensor:
     """Invert :func:`pack_bits`: int32 [..., W] to uint8 [..., count], by default all that W words hold."""
-    return unpack_bytes(packed.contiguous().view(torch.uint8), bits, count)
+    # a word in each row, of a transposed tensor, is contiguous with any stride, and view asks for a stride of 1
+    in_bytes = packed.contiguous().unsqueeze(-1).view(torch.uint8).flatten(-2)  # [..., W] -> [..., 4 W]
+    return unpack_bytes(in_bytes, bits, count)

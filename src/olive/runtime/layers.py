@@ -7,6 +7,7 @@ used for everything around the layers, so that any architecture that transformer
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -135,18 +136,22 @@ def _unfuse(model: nn.Module, folder: Path) -> None:
         unfuse(model, Shards(find(folder)))
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: nn.Module, *, transposed: bool = False) -> tuple[str, nn.ModuleList]:
     """Find the decoder layers: in the text decoder, the longest list of alike modules that hold linear layers.
 
     A list inside such a list (experts) does not count, and a vision tower may have more layers than the decoder.
+    ``transposed``: GPT-2's Conv1D are linear layers too. Such a model can be run, but not quantized.
     """
+    from transformers.pytorch_utils import Conv1D
+
+    linear = (nn.Linear, Conv1D) if transposed else nn.Linear
     whole: Any = model
     for within in (whole.get_decoder() if hasattr(whole, "get_decoder") else whole, whole):
         lists: dict[str, nn.ModuleList] = {}
         for name, module in within.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{n}.") for n in lists):
                 alike = len({type(layer) for layer in module}) == 1
-                if alike and any(isinstance(part, nn.Linear) for part in module[0].modules()):
+                if alike and any(isinstance(part, linear) for part in module[0].modules()):
                     lists[name] = module
         if lists:
             longest = max(lists.values(), key=len)
@@ -242,11 +247,13 @@ class LayeredModel:
     layers is on the first.
     """
 
-    def __init__(self, tensors: Tensors, model: Any, *, dtype: torch.dtype, devices: Sequence[str]) -> None:
+    def __init__(
+        self, tensors: Tensors, model: Any, *, dtype: torch.dtype, devices: Sequence[str], transposed: bool = False
+    ) -> None:
         """Fill ``model``, built by :func:`skeleton`, with what lies outside its layers."""
         self.tensors, self.model, self.dtype, self.devices = tensors, model, dtype, tuple(devices)
         self.device = self.devices[0]
-        self.prefix, self.blocks = decoder_layers(self.model)
+        self.prefix, self.blocks = decoder_layers(self.model, transposed=transposed)
         self.offloaded = False
         """Rows that are not being computed wait in main memory."""
         self._tuples = False
@@ -298,11 +305,10 @@ class LayeredModel:
     def _embed(self, ids: Tensor, *, tuples: bool | None = None) -> Batch | None:
         self._tuples = self._tuples if tuples is None else tuples
         seen: list[tuple[Tensor, dict[str, Any]]] = []
+        names = list(inspect.signature(type(self.blocks[0]).forward).parameters)[2:]  # after self and hidden states
 
         def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if args:
-                raise ConfigError(f"{type(self.model).__name__}: passes positional arguments to its layers")
-            seen.append((hidden, kwargs))
+            seen.append((hidden, dict(zip(names, args, strict=False)) | kwargs))
             if len(seen) == len(self.blocks):
                 raise _AllSeen  # what follows the layers is not wanted here
             return (hidden,) if self._tuples else hidden

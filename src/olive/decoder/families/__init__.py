@@ -54,4 +54,6 @@ def read(config: Mapping[str, Any]) -> Architecture:
                           f"families: {', '.join(FAMILIES)}")  # fmt: skip
     module, _, function = FAMILIES[name].partition(":")
     arch: Architecture = getattr(importlib.import_module(f"{__name__}.{module}"), function)(own)
+    if arch.head_dim % 8:
+        raise ConfigError(f"config.json: heads of {arch.head_dim} channels; ONNX Runtime takes multiples of 8")
     return arch

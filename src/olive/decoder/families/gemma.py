@@ -19,6 +19,10 @@ NAMES = Names(
 SHAPE = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
          "sliding_window": 4096, "tie_word_embeddings": True, "num_key_value_heads": 4}  # fmt: skip
 
+SIZES = {"vocab_size": 262208, "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,
+         "max_position_embeddings": 131072}  # fmt: skip
+"""Of Gemma 3: the configs of those that see, as Google gives them, leave out what is the default."""
+
 
 def _gemma(c: Settings, every: int, **differences: Any) -> Architecture:
     """All layers have a window but each ``every``-th."""
@@ -47,7 +51,8 @@ def gemma2(config: Mapping[str, Any]) -> Architecture:
 
 def gemma3(config: Mapping[str, Any]) -> Architecture:
     """Norms on heads; one layer in six is global, with a rope of its own."""
-    c = Settings(config, SHARED | SHAPE | {"max_position_embeddings": 131072})
+    c = Settings(config, SHARED | SHAPE | SIZES)
+    c.only("attn_logit_softcapping", None)  # transformers has the setting, and does not read it
     names = replace(NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
     every = c.get("sliding_window_pattern") or 6
     layers = c.count("num_hidden_layers")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from olive.decoder import rope
-from olive.decoder.architecture import FULL, Architecture, Settings
+from olive.decoder.architecture import FULL, SLIDING, Architecture, Settings
 
 SHARED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
@@ -43,7 +43,7 @@ def llama(config: Mapping[str, Any]) -> Architecture:
 
 
 def mistral(config: Mapping[str, Any]) -> Architecture:
-    """Llama with a sliding window on every layer."""
+    """Llama with a sliding window, on every layer unless ``layer_types`` says where (Ministral 8B)."""
     own = {"sliding_window": 4096, "max_position_embeddings": 131072, "num_key_value_heads": 8}
     c = Settings(config, SHARED | own)
-    return like_llama(c, windows=(c["sliding_window"] or FULL,) * c.count("num_hidden_layers"), genai_type="mistral")
+    return like_llama(c, windows=c.windows([SLIDING] * c.count("num_hidden_layers")), genai_type="mistral")

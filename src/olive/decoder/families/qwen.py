@@ -36,7 +36,7 @@ def qwen3_moe(config: Mapping[str, Any]) -> Architecture:
     """Qwen3 with experts on the layers that ``decoder_sparse_step`` and ``mlp_only_layers`` leave them."""
     own = {"num_experts_per_tok": 8, "num_experts": 128, "norm_topk_prob": False, "decoder_sparse_step": 1,
            "mlp_only_layers": []}  # fmt: skip
-    c = Settings(config, DEFAULTS | {"max_window_layers": 0} | own)
+    c = Settings(config, DEFAULTS | own)
     step, without = c["decoder_sparse_step"], c["mlp_only_layers"]
     layers = range(c.count("num_hidden_layers"))
     experts = Experts(
@@ -45,4 +45,5 @@ def qwen3_moe(config: Mapping[str, Any]) -> Architecture:
         normalized=c["norm_topk_prob"],
         layers=tuple(i not in without and (i + 1) % step == 0 for i in layers),
     )
-    return like_llama(c, windows=_windows(c), names=NORMED, experts=experts)
+    window = c.get("sliding_window") if c.get("use_sliding_window") else None  # on every layer, unlike in Qwen2 and 3
+    return like_llama(c, windows=(window or FULL,) * len(layers), names=NORMED, experts=experts)

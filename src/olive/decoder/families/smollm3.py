@@ -17,7 +17,8 @@ DEFAULTS = SHARED | {
 
 
 def smollm3(config: Mapping[str, Any]) -> Architecture:
-    """``no_rope_layers`` is 1 where a layer rotates; a window, if one is switched on, is for the others."""
+    """``no_rope_layers`` is 1 where a layer rotates; a window, if one is switched on, is for the others, but
+    ``layer_types`` goes before both."""
     c = Settings(config, DEFAULTS)
     layers, every = c.count("num_hidden_layers"), c["no_rope_layer_interval"]
     rotated = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
@@ -29,6 +30,6 @@ def smollm3(config: Mapping[str, Any]) -> Architecture:
     return like_llama(
         c,
         ropes=tuple(table if rotates else None for rotates in rotated[:layers]),
-        windows=windows if c.get("use_sliding_window") else (FULL,) * layers,
+        windows=windows if c.get("layer_types") or c.get("use_sliding_window") else (FULL,) * layers,
         genai_type="smollm3",
     )

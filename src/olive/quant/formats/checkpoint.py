@@ -57,7 +57,17 @@ class Checkpoint:
         """Return the integers of a quantized module's weight."""
         layout = self._layout(module)
         parts = {p: self.tensors[f"{module}.{p}"] for p in layout.PARTS if f"{module}.{p}" in self.tensors}
-        found = layout.unpack(parts, self.module_settings(module), f"{self.folder}: {module}")
+        try:
+            own = self.module_settings(module)
+            found = layout.unpack(parts, own, f"{self.folder}: {module}")
+        except KeyError as error:
+            raise self._missing(module, error) from None
+        (n, k), scales, zeros = found.codes.shape, tuple(found.scale.shape), tuple(found.zero_point.shape)
+        size = own.get("group_size") or -1
+        if scales != zeros or scales[0] != n or k % scales[1] or size not in (-1, k // scales[1]):
+            raise ConfigError(f"{self.folder}: {module}: codes {(n, k)} in groups of {size}, scales {scales} and zero "
+                              f"points {zeros} do not fit; see whether quantization_config in config.json tells the "
+                              "right bits and group size")  # fmt: skip
         if found.scale.dtype == torch.bfloat16:  # exact in float32, not in float16
             found = replace(found, scale=found.scale.float())
         return found
@@ -82,7 +92,16 @@ class Checkpoint:
         if f"{module}.weight" in self.tensors:
             n, k = self.tensors.shape(f"{module}.weight")
             return n, k
-        return self._layout(module).shape(module, self.tensors, self.module_settings(module))
+        layout, own = self._layout(module), self.module_settings(module)
+        try:
+            return layout.shape(module, self.tensors, own)
+        except KeyError as error:
+            raise self._missing(module, error) from None
+
+    def _missing(self, module: str, error: KeyError) -> ConfigError:
+        what = str(error.args[0]).removeprefix(f"{module}.")
+        return ConfigError(f"{self.folder}: {module}: {what} is missing, among its tensors or in config.json; fetch "
+                           "the checkpoint again")  # fmt: skip
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
