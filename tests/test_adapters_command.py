@@ -13,7 +13,7 @@ import torch
 import tiny
 from decoder.test_foreign_adapters import write
 from olive.cli import main
-from olive.model import read_manifest, weights_digest
+from olive.model import open_model, read_manifest, weights_digest
 from olive.runtime import adapters
 
 NAMES = ("self_attn.v_proj", "mlp.down_proj")
@@ -140,6 +140,25 @@ def test_refusals(
 ) -> None:
     monkeypatch.chdir(built)
     assert message in run(capsys, 2, *argv)
+
+
+def test_an_adapter_in_the_current_folder_has_its_folders_name(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(built / "travel")
+    assert list(open_model(built / "hf", Path()).adapters) == ["travel"]
+
+
+def test_one_name_for_two_adapters_is_refused(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = built / "out" / "model" / "adapter_weights.onnx_adapter"
+    argv = ["generate", "-m", str(built / "out"), "-p", "x", "--adapter", f"a={file}", "--adapter", f"a={file}"]
+    assert main(argv) == 2
+    assert "a is given twice" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_made_is_refused(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = built / "hf" / "config.json" / "x.onnx_adapter"
+    argv = ["convert-adapters", "-m", str(built / "out"), "-a", str(built / "travel"), "-o", str(out)]
+    assert main(argv) == 2
+    assert "x.onnx_adapter: cannot be written" in capsys.readouterr().err
 
 
 def test_a_graph_without_inputs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,8 @@ def open_model(folder: Path, adapter: Path | None = None, *, trust_remote_code: 
     if adapter is not None:
         if not (adapter / "adapter_config.json").is_file():
             raise ConfigError(f"{adapter}: not a PEFT adapter folder (no adapter_config.json)")
-        adapters = {adapter.name: adapter}
+        nameless = adapter.name in ("", "..")  # the current folder, or one above it
+        adapters = {(adapter.resolve() if nameless else adapter).name: adapter}
     if (path / "genai_config.json").is_file() or any(path.glob("*.onnx")):
         return Model("onnx", path, adapters, trust_remote_code)
     if (path / "config.json").is_file():

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from olive.decoder import lora, peft
@@ -22,6 +23,7 @@ from olive.runtime import adapters
 from olive.runtime.session import OnnxDecoder
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAST = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 PHI = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
@@ -151,6 +153,51 @@ def test_what_is_not_plain_lora_is_refused(changes: dict[str, Any], message: str
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ConfigError, match=message):
         peft.read_peft(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([], "expected a JSON object, got list"),
+        ({"lora_alpha": "much"}, "lora_alpha of model.layers.0.self_attn.q_proj: expected a number, got 'much'"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern: '\\(' is not a regular expression"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern: expected an object, got list"),
+    ],
+)
+def test_a_broken_configuration_is_named(config: Any, message: str, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    train(tmp_path / "a", tmp_path / "hf", ["q_proj"], 4)
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config if isinstance(config, dict) else config))
+    with pytest.raises(ConfigError, match=message):
+        peft.read_peft(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda _: {}, "holds no tensors"),
+        (lambda own: own | {LAST: own[LAST] * torch.nan}, "layers.1.self_attn.q_proj: holds NaN or infinity"),
+        (lambda own: own | {LAST: own[LAST][:, 1:]}, r"lora_A \[4, 64\] and lora_B \[64, 3\] do not fit each other"),
+        (lambda own: {n.removeprefix("base_model.model."): t for n, t in own.items()}, "not named as PEFT does"),
+        (lambda own: {n.replace(".weight", ".default.weight"): t for n, t in own.items()}, "not named as PEFT does"),
+    ],
+)
+def test_broken_tensors_are_refused(broken: Any, message: str, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    train(tmp_path / "a", tmp_path / "hf", ["q_proj"], 4)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in broken(load_file(file)).items()}, file)
+    with pytest.raises(ConfigError, match=message):
+        peft.read_peft(tmp_path / "a")
+
+
+def test_an_adapter_beyond_float16_is_refused(tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    train(tmp_path / "a", tmp_path / "hf", ["q_proj"], 4, lora_alpha=10**7)
+    build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options(adapter_precision="fp16"), [tmp_path / "a"])
+    with pytest.raises(ConfigError, match=r"qkv_proj\.lora_B\.weight is too large for float16"):
+        lora.convert(tmp_path / "a", tmp_path / "onnx", tmp_path / "a.onnx_adapter")
 
 
 def test_lora_on_lm_head_names_the_tensor(tmp_path: Path) -> None:

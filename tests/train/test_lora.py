@@ -12,10 +12,15 @@ import pytest
 import torch
 from running import Run, lora
 
+import tiny
 from olive.data.samples import Sample
 from olive.data.spec import DataSpec
-from olive.errors import ConfigError
+from olive.decoder.build import build
+from olive.decoder.options import Options
+from olive.decoder.peft import read_peft
+from olive.errors import ConfigError, PassError
 from olive.model import digests, weights_digest
+from olive.quant.formats.checkpoint import Checkpoint
 from olive.runtime.torch_model import load
 from olive.train.arguments import learning_rate, training_arguments
 from olive.train.lora import Job, answer_loss, attach, hold_back, save
@@ -98,6 +103,18 @@ def test_listing_the_pass_loads_no_tensor_library() -> None:
         ({"training": {"bf16": "perhaps"}}, r"training\.bf16: .*perhaps"),
         ({"training": {"lr_scheduler_type": "no"}}, r"training\.lr_scheduler_type: invalid choice: 'no'"),
         ({"training": {"output_dir": "x"}}, r"training\.output_dir: not an option here; .*output path"),
+        ({"training": {"resume_from_checkpoint": "x"}}, r"training\.resume_from_checkpoint: .*from the beginning"),
+        ({"training": {"eval_strategy": "steps"}}, r"training\.eval_strategy: .*held back"),
+        (
+            {"training": {"per_device_train_batch_size": 0}},
+            r"training\.per_device_train_batch_size: .*at least 1, got 0",
+        ),
+        ({"training": {"gradient_accumulation_steps": 0}}, r"training\.gradient_accumulation_steps: .*at least 1"),
+        ({"training": {"learning_rate": -1, "max_steps": 1}}, r"training: Invalid learning rate: -1"),
+        (
+            {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 64}},
+            r"training\.dataloader_drop_last: 29 rows do not fill one batch of 64",
+        ),
         ({"target_modules": ("nosuch",)}, r"target_modules .*nosuch"),
     ],
 )
@@ -106,6 +123,40 @@ def test_wrong_options_are_refused(options: dict, said: str, float_base: Path, r
         Run(tmp_path / "run")(lora(rows_file, **options), float_base)
     assert caught.value.exit_code == 2
     assert not list((tmp_path / "run" / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"training": {"max_steps": 4, "learning_rate": "1e38"}}, "training diverged: the loss is nan .* than 1e\\+38"),
+        ({"alpha": float("inf")}, "the loss is nan before training"),
+    ],
+)
+def test_an_adapter_that_holds_nan_is_not_a_result(
+    options: dict, said: str, float_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PassError, match=said):
+        Run(tmp_path / "run")(lora(rows_file, **options), float_base)
+    assert not list((tmp_path / "run" / "out").iterdir())
+
+
+def test_all_linear_may_come_as_a_flag_which_makes_a_list(float_base: Path, rows_file: Path, tmp_path: Path) -> None:
+    options = {"training": {"max_steps": 1}}
+    for name, modules in (("text", "all-linear"), ("list", ("all-linear",))):
+        Run(tmp_path / name)(lora(rows_file, target_modules=modules, **options), float_base)
+    assert digests(tmp_path / "text" / "out") == digests(tmp_path / "list" / "out")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gemma3"])
+def test_by_default_no_expert_and_no_tower_is_adapted(family: str, rows_file: Path, tmp_path: Path) -> None:
+    """The graph takes adapters on neither."""
+    tiny.checkpoint(tmp_path / "hf", family, **tiny.DECODERS.get(family, {}))
+    model = Run(tmp_path / "run")(lora(rows_file, training={"max_steps": 1}), tmp_path / "hf")
+    found = {module.rpartition(".")[2] for module in read_peft(model.adapters["adapter"])}
+    mlp = {"gate_proj", "up_proj", "down_proj"} if family == "gemma3" else set()
+    assert found == {"q_proj", "k_proj", "v_proj", "o_proj"} | mlp
+    facts = build(Checkpoint(model.path), tmp_path / "onnx", Options(), list(model.adapters.values()))
+    assert facts["adapted"]
 
 
 def test_one_row_is_too_few() -> None:

@@ -40,7 +40,10 @@ def main(args: argparse.Namespace) -> int:
 
     if read_manifest(out.parent) or read_manifest(out.parent.parent):
         print(f"note: {out.parent} is an output of olive; it counts as changed with this file in it", file=sys.stderr)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror}; choose another place") from None
     found = convert(Path(args.adapter_path), model.path, out)
     print(f"{out}: {len(found.tensors)} tensors, {out.stat().st_size / 1e6:.2f} MB")
     return 0

@@ -71,6 +71,8 @@ def _adapters(args: argparse.Namespace, own: dict[str, Path]) -> dict[str, Path]
         name, eq, file = text.partition("=")
         if not eq or not name:
             raise ConfigError(f"--adapter {text}: write NAME=FILE, for example travel=adapter_weights.onnx_adapter")
+        if name in found:
+            raise ConfigError(f"--adapter {text}: {name} is given twice; give each adapter a name of its own")
         if not Path(file).is_file():
             raise ConfigError(f"--adapter {text}: {file}: no such file")
         found[name] = Path(file)

@@ -188,7 +188,12 @@ def converted(adapter: Path, graph: adapters.AdapterInputs) -> Converted:
     for module, lora in placed(own, places).items():
         tensors |= zip((module + suffix for suffix in adapters.SUFFIXES), (lora.a, lora.b), strict=True)
     adapters.check({name: tensor.shape for name, tensor in tensors.items()}, graph, str(adapter))
-    exact = {name: tensor.astype(graph.inputs[name].dtype) for name, tensor in tensors.items()}
+    with np.errstate(over="ignore"):
+        exact = {name: tensor.astype(graph.inputs[name].dtype) for name, tensor in tensors.items()}
+    for name, tensor in exact.items():
+        if not np.isfinite(tensor).all():
+            raise ConfigError(f"{adapter}: {name} is too large for {tensor.dtype} (up to "
+                              f"{np.abs(tensors[name]).max():.3g}); build the model with adapters in fp32")  # fmt: skip
     return Converted(exact, max(len(lora.b) for lora in own.values()), graph.base)
 
 

@@ -52,6 +52,11 @@ def read_peft(folder: Path, layers: str = "model.layers.") -> dict[str, Lora]:
     for module in modules(tensors, folder):
         a = tensors[f"{PREFIX}{module}.lora_A.weight"].float().numpy()  # [R, K]
         b = tensors[f"{PREFIX}{module}.lora_B.weight"].float().numpy()  # [N, R]
+        if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0]:
+            raise ConfigError(f"{folder}: {module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit each "
+                              "other, expected [R, K] and [N, R]; the adapter file is not whole")  # fmt: skip
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ConfigError(f"{folder}: {module}: holds NaN or infinity; train the adapter again")
         scale = _scale(config, module, a.shape[0])
         found[_plain(module, layers)] = Lora(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T) * np.float32(scale))
     return found
@@ -76,6 +81,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder}: not a PEFT adapter folder (no adapter_config.json)") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(config).__name__}")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ConfigError(f"{path}: peft_type {kind!r} is not supported; only 'LORA'")
@@ -97,6 +104,9 @@ def modules(tensors: Iterable[str], folder: Path) -> list[str]:
     names = set(tensors)
     for name in sorted(names):
         module, _, part = name.removeprefix(PREFIX).partition(".lora_")
+        if (not name.startswith(PREFIX) and ".lora_" in name) or part in ("A.default.weight", "B.default.weight"):
+            raise ConfigError(f"{folder}: tensor {name}: not named as PEFT does ({PREFIX}MODULE.lora_A.weight); save "
+                              "the adapter with PEFT's save_pretrained")  # fmt: skip
         if not name.startswith(PREFIX) or part not in ("A.weight", "B.weight") or not IN_LAYER.fullmatch(module):
             raise ConfigError(f"{folder}: tensor {name}: only LoRA on linears of the decoder layers is supported, not "
                               "on lm_head, embeddings or anything else; train without it as target")  # fmt: skip
@@ -105,20 +115,31 @@ def modules(tensors: Iterable[str], folder: Path) -> list[str]:
             raise ConfigError(f"{folder}: tensor {name} has no partner {other}; the adapter file is not whole")
         if part[0] == "A":
             found.append(module)
+    if not found:
+        raise ConfigError(f"{folder}: the adapter file holds no tensors; save the adapter again")
     return found
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
-    asked = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
+    asked = _by_pattern(config, "rank_pattern", module, config.get("r", 8))
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ConfigError(f"adapter_config.json: lora_alpha of {module}: expected a number, got {alpha!r}")
     if asked != rank:
         raise ConfigError(f"adapter_config.json: {module} should have rank {asked}, but its tensors have {rank}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _by_pattern(patterns: Mapping[str, int], module: str, default: int) -> int:
+def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the module's path or a dotted tail of it."""
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise ConfigError(f"adapter_config.json: {key}: expected an object, got {type(patterns).__name__}")
     for pattern, value in patterns.items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
+        try:
+            found = re.match(rf"(?:.*\.)?(?:{pattern})$", module)
+        except re.error as error:
+            raise ConfigError(f"adapter_config.json: {key}: {pattern!r} is not a regular expression: {error}") from None
+        if found:
             return value
     return default

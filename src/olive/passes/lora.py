@@ -11,6 +11,8 @@ from olive.errors import ConfigError
 from olive.model import Model
 from olive.passes.base import Context, Pass
 
+ALL_LINEAR = "all-linear"
+
 
 class Lora(
     Pass,
@@ -41,8 +43,9 @@ class Lora(
     """The updates are scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a layer's inputs that training drops at random before the update."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers to train, by the ends of their names; "all-linear" is every linear layer but the output layer."""
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """Layers to train, by the ends of their names; "all-linear" is every linear layer within the decoder, but not in
+    experts."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Options of transformers.TrainingArguments, such as max_steps, learning_rate, per_device_train_batch_size."""
 
@@ -57,6 +60,8 @@ class Lora(
         from olive.train.lora import Job, train
 
         modules = self.target_modules
+        if modules == (ALL_LINEAR,):  # as a flag, which takes a list
+            modules = ALL_LINEAR
         job = Job(
             base=model.path,
             data=self.data,

@@ -15,8 +15,13 @@ OURS = {
     "data_seed": "the seed of the workflow",
     "use_cpu": "compute_device",
     "push_to_hub": "none: upload the finished folder",
+    "resume_from_checkpoint": "none: training starts from the beginning",
+    "eval_strategy": "none: rows that are held back are measured before and after",
+    "eval_on_start": "none: rows that are held back are measured before and after",
+    "load_best_model_at_end": "none: the last step is what is kept",
 }
 """Options of the trainer that something else of ours sets, and what."""
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 def learning_rate(hidden_size: int) -> float:
@@ -69,9 +74,13 @@ def training_arguments(options: Mapping[str, Any], work_dir: Path, hidden_size: 
         "dataloader_pin_memory": device != "cpu",
     }
     try:
-        return TrainingArguments(**defaults | given | fixed)
+        made = TrainingArguments(**defaults | given | fixed)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from error
+    for name in COUNTS:
+        if getattr(made, name) < 1:
+            raise ConfigError(f"training.{name}: should be at least 1, got {getattr(made, name)}")
+    return made
 
 
 def _near(name: str, names: set[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from olive.data.rows import describe
 from olive.data.samples import MASKED, Sample, collate, samples
 from olive.data.spec import DataSpec
-from olive.errors import ConfigError
+from olive.errors import ConfigError, PassError
 from olive.model import weights_digest
 from olive.quant.formats.checkpoint import longest, read_config
 from olive.runtime.torch_model import load, load_tokenizer
@@ -22,6 +24,8 @@ from olive.train.arguments import training_arguments
 
 log = logging.getLogger("olive")
 
+IN_LAYER = re.compile(r".+\.\d+\..+")
+"""The path of a module in a numbered layer."""
 HELD_BACK = 0.05
 """Share of the samples that the loss before and after is measured on; at least 1, at most 64."""
 
@@ -59,22 +63,36 @@ def train(job: Job, adapter_dir: Path, progress: Callable[[str, int, int], None]
     length = min(job.data.max_seq_len, longest(read_config(job.base)))
     kept, dropped = samples(job.data.model_copy(update={"max_seq_len": length}), tokenizer, ends)
     trained_on, held_back = hold_back(kept, job.seed, describe(job.data))
+    if arguments.dataloader_drop_last and len(trained_on) < arguments.train_batch_size:
+        raise ConfigError(f"training.dataloader_drop_last: {len(trained_on)} rows do not fill one batch of "
+                          f"{arguments.train_batch_size}, so nothing would be learnt")  # fmt: skip
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
     transformers.set_seed(job.seed)
     model = attach(base, job)
     batch_size = arguments.per_device_eval_batch_size
     before = answer_loss(model, held_back, pad_id, batch_size)
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=[{"input_ids": sample.input_ids, "labels": sample.labels} for sample in trained_on],
-        data_collator=lambda rows: collate([Sample(**row) for row in rows], pad_id),
-        callbacks=[_report(progress)],
-    )
+    if not math.isfinite(before):
+        raise PassError(f"{job.base}: the loss is {before} before training; look at the checkpoint and at alpha")
+    try:
+        trainer = transformers.Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": sample.input_ids, "labels": sample.labels} for sample in trained_on],
+            data_collator=lambda rows: collate([Sample(**row) for row in rows], pad_id),
+            callbacks=[_report(progress)],
+        )
+    except (ValueError, ImportError, RuntimeError) as error:  # of options that cannot be honoured
+        raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from error
     trainer.remove_callback(transformers.PrinterCallback)  # it prints to the program's output
-    trainer.train()
+    try:
+        trainer.train()
+    except ValueError as error:  # likewise: the optimizer and the data loader look at theirs only now
+        raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from error
     after = answer_loss(model, held_back, pad_id, batch_size)
+    if not math.isfinite(after):
+        raise PassError(f"training diverged: the loss is {after} after it; give a lower learning_rate than "
+                        f"{arguments.learning_rate:g}")  # fmt: skip
     save(model, job.base, adapter_dir)
     return {
         "held_back_loss_before": round(before, 4),
@@ -107,7 +125,7 @@ def attach(base: Any, job: Job) -> Any:
         r=job.rank,
         lora_alpha=job.alpha,
         lora_dropout=job.dropout,
-        target_modules=job.target_modules,
+        target_modules=_linears(base) if job.target_modules == "all-linear" else job.target_modules,
         task_type="CAUSAL_LM",
     )
     base.config.use_cache = False
@@ -115,6 +133,24 @@ def attach(base: Any, job: Job) -> Any:
         return peft.get_peft_model(base, config)
     except ValueError as error:
         raise ConfigError(f"target_modules {job.target_modules!r}: {str(error).splitlines()[0]}") from error
+
+
+def _linears(base: Any) -> list[str]:
+    """Name the linear layers in the layers of the text decoder, but those of experts: what graphs take adapters on. By
+    the ends of their names, as other tools expect, unless a layer elsewhere is called the same.
+
+    PEFT's own all-linear also adapts towers that never see an image here, and experts in forms that nobody reads.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    decoder, every = base.get_decoder(), dict(base.named_modules())
+    start = next((f"{name}." for name, module in every.items() if name and module is decoder), "")
+    linears = [name for name, module in every.items() if isinstance(module, torch.nn.Linear | Conv1D)]
+    chosen = [name for name in linears if name.startswith(start) and IN_LAYER.fullmatch(name.removeprefix(start))
+              and ".experts." not in name]  # fmt: skip
+    ends = {name.rpartition(".")[2] for name in chosen}
+    elsewhere = any(name.rpartition(".")[2] in ends for name in set(linears) - set(chosen))
+    return chosen if elsewhere else sorted(ends)
 
 
 @torch.inference_mode()
