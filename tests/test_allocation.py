@@ -210,6 +210,7 @@ def test_the_report_tells_what_was_chosen(llama: Path, tmp_path: Path) -> None:
         ({}, "this quantizer uses none without target_size or kl_budget"),
         ({"target_size": "400kB"}, r"target_size 400kB: the smallest settings take 0.\d+MB with all that stays float"),
         ({"target_size": "2bpw"}, r"target_size 2bpw: the smallest settings take 2.\d+bpw; give that or more"),
+        ({"target_size": "4bpw", "exclude": ["*"]}, "target_size 4bpw: no linear layer can be quantized"),
         ({"target_size": "9GB"}, "target_size 9GB: the float model is not larger; there is nothing to quantize"),
     ],
 )

@@ -83,6 +83,28 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         quantize(LAB_MODEL, tmp_path / "b", type="gptq", save_statistics=str(tmp_path / "more"))
     with pytest.raises(ConfigError, match="not a finished folder"):
         quantize(LAB_MODEL, tmp_path / "b", type="awq", data=None, statistics=str(LAB_MODEL))
+    (Path(saved) / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="lacks ids; gather them anew"):
+        quantize(LAB_MODEL, tmp_path / "b", type="awq", data=None, statistics=saved)
+
+
+@pytest.mark.parametrize("step", [{"type": "rtn", "data": None}, {"type": "gptq"}], ids=lambda s: s["type"])
+def test_a_missing_weight_is_not_made_up(step: dict[str, Any], tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    file = tmp_path / "hf" / "model.safetensors"
+    lost = "model.layers.1.mlp.up_proj.weight"
+    save_file({n: t for n, t in load_file(file).items() if n != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"tensor {lost} is missing"):
+        quantize(tmp_path / "hf", tmp_path / "out", **step)
+
+
+@pytest.mark.parametrize(("method", "said"), [("gptq", "with olive dequantize"), ("fp8", "olive does not read it")])
+def test_a_quantized_checkpoint_is_refused_with_what_helps(method: str, said: str, tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(ConfigError, match=f"already quantized .{method}.; make it float first, .*{said}"):
+        quantize(tmp_path / "hf", tmp_path / "out", type="rtn", data=None)
 
 
 KILLED = """

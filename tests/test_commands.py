@@ -220,6 +220,7 @@ MODEL_AND_OUT = ["-m", str(LAB_MODEL), "-o", "out"]
         (["quantize", *MODEL_AND_OUT, "--format", "awq", "--precision", "int8"], ["awq layout does not hold 8 bits"]),
         (["quantize", *MODEL_AND_OUT, "--group_size", "8"], ["group_size", "at least 16"]),
         (["quantize", *MODEL_AND_OUT, "--exclude", "*.nothing"], ["no linear layer is named like '*.nothing'"]),
+        (["quantize", *MODEL_AND_OUT, "--exclude", "*"], ["exclude: no linear layer is left to quantize"]),
         (["quantize", *MODEL_AND_OUT, "--data_files", "x.txt"], ["rtn uses no data"]),
         (["quantize", "-m", "no/such/folder", "-o", "out"], ["no/such/folder: no such model folder"]),
         (["quantize", "-m", "owner/unknown", "-o", "out"], ["owner/unknown", "cache"]),

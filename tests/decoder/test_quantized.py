@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 import tiny
+from olive.cli import main
 from olive.decoder import weights
 from olive.decoder.build import build
 from olive.decoder.options import Options
@@ -155,6 +156,14 @@ def test_a_table_whose_groups_no_operator_takes_becomes_float_and_is_reported(tm
         expected = dequantized(model, found)
         expected.tie_weights()
         assert (logits(tmp_path / "onnx", ids) - expected(ids).logits).abs().max() < 1e-3
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_head_that_transformers_renames_is_found(tmp_path: Path) -> None:
+    """Of GPT-NeoX: embed_out as published, lm_head in what ``olive quantize`` writes."""
+    tiny.checkpoint(tmp_path / "hf", "gpt_neox", hidden_size=256)
+    assert main(["quantize", "-m", str(tmp_path / "hf"), "-o", str(tmp_path / "q"), "--lm_head", "int8"]) == 0
+    assert main(["auto-opt", "-m", str(tmp_path / "q"), "-o", str(tmp_path / "onnx")]) == 0
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])

@@ -16,7 +16,9 @@ import quantized
 import tiny
 from olive.quant.affine import round_to_nearest
 from olive.quant.formats import compressed_tensors
+from olive.quant.formats.checkpoint import Checkpoint
 from olive.quant.formats.writer import Grouping, quantization_config
+from olive.runtime.torch_model import load
 
 SETTINGS = [
     (bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (16, 32, 128, -1) for symmetric in (False, True)
@@ -57,6 +59,24 @@ def test_transformers_runs_our_symmetric_compressed_tensors(bits: int, group: in
         torch.testing.assert_close(foreign(ids).logits, expected, rtol=0, atol=1e-5)  # attention sums in another order
     for name, weight in found.items():  # decompressed by the first run
         assert torch.equal(foreign.get_submodule(name).weight, weight.dequantize()), name
+
+
+def test_transformers_reads_all_experts_by_the_largest_config_group(tmp_path: Path) -> None:
+    """It takes the first one for them, whatever the targets say; experts come out in the scales' float16."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    tiny.checkpoint(tmp_path / "hf", "mixtral")
+    other = {quantized.HEAD: (4, 32), **{f"model.layers.{i}.self_attn.q_proj": (4, 16) for i in (0, 1)}}
+    linears = {n.removesuffix(".weight") for n in Checkpoint(tmp_path / "hf").float_names if ".experts." in n}
+    experts = dict.fromkeys(linears, (8, 32))
+    quantized.quantize(
+        tmp_path / "hf", tmp_path / "q", "compressed-tensors", 4, 32, symmetric=True, other=other | experts
+    )
+    foreign = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    ids = tiny.ids(20)
+    with torch.no_grad():
+        torch.testing.assert_close(foreign(ids).logits, load(tmp_path / "q")(ids).logits, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(2, 16), (3, 32), (4, 32), (4, -1), (8, 64)])

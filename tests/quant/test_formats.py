@@ -260,6 +260,8 @@ def test_groups_that_do_not_divide_fall_back_by_layout() -> None:
     assert choose_groups(shapes, "gptq", 4, 128) == {"a": a, "b": b, "c": None, "d": None}
     assert choose_groups(shapes, "compressed-tensors", 4, 128) == {"a": a, "b": b, "c": None, "d": d}
     assert choose_groups(shapes, "olive", 4, 128) == {"a": a, "b": b, "c": None, "d": d}
+    assert choose_groups({"b": (64, 96)}, "olive", 4, 96) == {"b": b}  # 96 is no power of two
+    assert choose_groups({"b": (64, 96)}, "gptq", 4, 96) == {"b": Grouping(4, 96)}
 
 
 def test_ends_of_the_model_are_held_where_the_layout_can() -> None:
@@ -314,6 +316,8 @@ def test_a_choice_that_a_layout_does_not_hold_is_refused(method: str, module: st
     ("method", "change", "said"),
     [
         ("awq", {"version": "gemv"}, "gemv"),
+        ("awq", {"version": None, "format": "gemv"}, "gemv"),
+        ("gptq", {"checkpoint_format": "marlin"}, "'marlin'; only gptq and gptq_v2 are read"),
         ("gptq", {"bits": 5}, "5 bits; only 2, 3, 4, 8 are read"),
         ("olive", {"overrides": {UP: {"bits": 3}}}, "3 bits; only 2, 4, 8 are read"),
         ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, "without config groups that are written out"),
@@ -355,6 +359,34 @@ def test_a_config_that_calls_float_weights_quantized_is_refused(tmp_path: Path, 
     save_file({f"{UP}.weight": torch.ones(2, 2)}, tmp_path / "out" / "model.safetensors")
     with pytest.raises(ConfigError, match=rf"no tensor is named \*\.{codes}"):
         Checkpoint(tmp_path / "out")
+
+
+def test_gptq_v2_is_known_by_either_name(tmp_path: Path) -> None:
+    """transformers 5 and GPTQModel say ``format`` where they once said ``checkpoint_format``."""
+    write(tmp_path, "gptq")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format"] = config["quantization_config"].pop("checkpoint_format")
+    path.write_text(json.dumps(config))
+    assert_same(Checkpoint(tmp_path / "out").quantized_weight(UP), weight(4, False))
+
+
+@pytest.mark.parametrize("method", FORMATS)
+def test_tensors_that_lack_or_do_not_fit_are_named(tmp_path: Path, method: str) -> None:
+    write(tmp_path, method)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    scales = f"{UP}.weight_scale" if method == "compressed-tensors" else f"{UP}.scales"
+    column = tensors[scales].shape.index(8)
+    save_file(tensors | {scales: tensors[scales].narrow(column, 0, 4).contiguous()}, file)
+    with pytest.raises(ConfigError, match=f"{UP}: codes .* do not fit"):
+        Checkpoint(tmp_path / "out").quantized_weight(UP)
+    save_file({name: tensor for name, tensor in tensors.items() if name != scales}, file)
+    with pytest.raises(ConfigError, match=f"{UP}: {scales.removeprefix(UP + '.')} is missing"):
+        Checkpoint(tmp_path / "out").quantized_weight(UP)
+    if method in ("awq", "gptq", "olive"):
+        with pytest.raises(ConfigError, match=f"{UP}: {scales.removeprefix(UP + '.')} is missing"):
+            Checkpoint(tmp_path / "out").linear_shape(UP)
 
 
 def test_shards_are_split_and_indexed(tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ def test_tensor_without_a_place_is_named(quantized_bases: dict[str, Path], tmp_p
         load(folder)
 
 
+def test_buffers_that_earlier_versions_saved_are_passed_over(quantized_bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = _copy(quantized_bases["gptq"], tmp_path)
+    _edit(folder, add="model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert load(folder) is not None
+
+
 @pytest.mark.parametrize(
     ("config", "said"), [({"num_hidden_layers": 1}, "has no place in"), ({"intermediate_size": 96}, "does not fit")]
 )

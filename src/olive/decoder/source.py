@@ -14,14 +14,12 @@ from torch import Tensor
 
 from olive.decoder.architecture import Architecture
 from olive.quant.affine import QuantizedWeight
-from olive.quant.formats.checkpoint import Checkpoint
+from olive.quant.formats.checkpoint import BUFFERS, Checkpoint
 
 SLICE = 1 << 21
 """Weights that are read at once: 4 MB of 16-bit numbers. More is slower, and takes memory on every thread."""
 WRAPPERS = ("model.language_model.", "language_model.model.", "language_model.")
 """Where models that also see keep the text decoder."""
-BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-"""Ends of names of tensors that older checkpoints hold and nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,9 @@ def _renamed(names: Iterable[str], arch: Architecture) -> dict[str, str]:
         heads = {name: head + name.partition(head)[2] for name in names if head in name.split(".")}
         inside = {name: own_name(name, arch) for name in names if name.startswith(wrapper)}
         return {own: name for name, own in (inside | heads).items()}
-    if any(name.startswith(base) for name in names):
-        return {name: name for name in names}
+    if any(name.startswith(base) for name in names):  # transformers 5 calls every head lm_head
+        lm_head = {name: head + name.removeprefix("lm_head") for name in names if name.split(".")[0] == "lm_head"}
+        return {lm_head.get(name, name): name for name in names}
     return {name if name.startswith(head + ".") else base + name: name for name in names}
 
 

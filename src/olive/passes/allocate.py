@@ -198,6 +198,11 @@ class Allocation:
     def _check_some(self, chosen: Sequence[int], why: str) -> None:
         from olive.quant.sensitivity import FLOAT
 
+        if all(list(unit.divergence) == [FLOAT] for unit in self.units):
+            raise ConfigError(
+                f"{why.partition(':')[0]}: no linear layer can be quantized: all are excluded, or groups of 32 and "
+                f"more do not fit them in format {self.quantizer.format}"
+            )
         if all(list(unit.divergence)[i] == FLOAT for unit, i in zip(self.units, chosen, strict=True)):
             raise ConfigError(f"{why}; there is nothing to quantize")
 

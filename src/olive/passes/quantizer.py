@@ -219,9 +219,7 @@ class Quantizer(
         others = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not end_of(name)}
         groups = {name: groups.get(name) for name in (*shapes, *sorted(others - set(shapes)))}
         if not any(groups.values()):
-            raise ConfigError(
-                f"group_size {self.group_size}: no linear layer can be quantized with it; try a smaller one"
-            )
+            raise ConfigError(self._why_none(shapes, asked))
         fallbacks = {}
         for name, chosen in groups.items():
             setting = asked.get(name)
@@ -231,6 +229,21 @@ class Quantizer(
                 fallbacks[name] = f"group size {chosen.group_size}"
         ctx.note(bits={n: g.bits if g else "float" for n, g in groups.items()}, fallbacks=fallbacks)
         return groups
+
+    def _why_none(self, shapes: dict[str, tuple[int, int]], asked: dict[str, Any]) -> str:
+        """Say why no layer can be quantized, and with what some could."""
+        from olive.quant.formats.writer import choose_groups
+
+        if not any(asked.values()):
+            return "exclude: no linear layer is left to quantize; leave some out of the patterns"
+        able = [
+            f"group_size {size} in format {form}"
+            for form in dict.fromkeys((self.format, *BITS))
+            for size in (128, 64, 32, 16, -1)
+            if self.bits in BITS[form] and any(choose_groups(shapes, form, self.bits, size).values())
+        ]
+        hint = f"some can with {able[0]}" if able else f"no layout holds them with {self.bits} bits"
+        return f"group_size {self.group_size}: no linear layer can be quantized with it in format {self.format}; {hint}"
 
     def tables(self, model: Any) -> dict[str, tuple[tuple[int, int], int]]:
         """Return shape and bits of the embeddings and the output head as far as they are to be quantized; a tied pair
@@ -278,9 +291,8 @@ def float_source(model: Model) -> tuple[Any, Any]:
     settings = read_config(model.path).get("quantization_config")
     if settings:
         method = settings.get("quant_method")
-        raise ConfigError(
-            f"{model.path.name}: is already quantized ({method}); make it float with olive dequantize first"
-        )
+        way = "with olive dequantize" if method in BITS else "with the tool that made it: olive does not read it"
+        raise ConfigError(f"{model.path.name}: is already quantized ({method}); make it float first, {way}")
     if model.adapters:
         raise ConfigError(f"{model.path.name}: has an adapter, which quantize would lose; give the base model alone")
     meta = skeleton(model.path, trust_remote_code=model.trust_remote_code)

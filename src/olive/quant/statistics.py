@@ -116,6 +116,9 @@ class SavedStatistics:
             )
         self._tokens: dict[str, int] = index["tokens"]
         self._tensors = Shards(find(folder))
+        lacking = [name for name in ("ids", *(f"{n}.gram" for n in self._tokens)) if name not in self._tensors]
+        if lacking:
+            raise ConfigError(f"statistics {folder}: lacks {lacking[0]}; gather them anew with --save_statistics")
         self.ids = self._tensors["ids"]
         """The calibration tokens, int64 [rows, T]."""
 

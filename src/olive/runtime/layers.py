@@ -183,9 +183,14 @@ class LoadedTensors:
         self.folder, self.config = folder, read_config(folder)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model = auto_class(config).from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+            model, info = auto_class(config).from_pretrained(
+                folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise unloadable(folder, error) from error
+        # transformers fills a missing tensor with random numbers and only warns.
+        if info["missing_keys"]:
+            raise ConfigError(f"{folder}: tensor {min(info['missing_keys'])} is missing; fetch the checkpoint again")
         _unfuse(model, folder)
         seen: set[int] = set()
         self._state = {}

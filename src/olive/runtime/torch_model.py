@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from olive.errors import ConfigError
-from olive.quant.formats.checkpoint import Checkpoint
+from olive.quant.formats.checkpoint import BUFFERS, Checkpoint
 from olive.quant.linear import QuantLinear
 from olive.runtime.experts import fused_experts
 from olive.runtime.layers import auto_class, skeleton, unloadable
@@ -75,7 +75,8 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -
         if name not in quantized_biases:
             tensor = checkpoint.tensors[name]
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    unused = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    unused = [name for name in unexpected if not name.endswith(BUFFERS)]
     if isinstance(model.get_output_embeddings(), QuantLinear):  # a head of its own, whatever config.json says
         model.config.tie_word_embeddings = False
     model.tie_weights()

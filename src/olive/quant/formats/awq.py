@@ -90,6 +90,7 @@ def module_settings(settings: Mapping[str, Any], module: str) -> dict[str, Any]:
 
 def check(settings: Mapping[str, Any], where: str) -> None:
     """Refuse variants of the layout that are not read."""
-    version = str(settings.get("version", "gemm")).lower()
+    named = (settings.get(key) for key in ("version", "format", "checkpoint_format"))  # AutoAWQ's word, GPTQModel's
+    version = str(next(filter(None, named), "gemm")).lower()
     if version != "gemm" or settings.get("bits", 4) != 4:
         raise ConfigError(f"{where}: AWQ version {version!r}, {settings.get('bits')} bits; only 'gemm' with 4 is read")

@@ -16,6 +16,9 @@ from olive.quant.formats import FORMATS
 from olive.quant.formats.layout import Layout
 from olive.quant.formats.shards import Shards, find
 
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""Ends of names of tensors that older checkpoints hold and nobody reads."""
+
 
 class Checkpoint:
     """Config and tensors of a checkpoint; quantized weights appear under their module name, not as packed tensors.

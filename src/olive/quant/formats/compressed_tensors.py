@@ -88,18 +88,26 @@ def settings(
 ) -> dict[str, Any]:
     """Return config.json's ``quantization_config``; ``modules`` that stay float map to None.
 
-    The last config group takes the linears with the common setting; others name their modules, which goes before.
+    One config group takes the linears with the common setting; others name their modules, which goes before. The
+    largest group comes first, because transformers 5 reads all experts of a mixture by the first.
     """
     targets: dict[tuple[int, int], list[str]] = {}
+    common = 0
     for name, chosen in modules.items():
-        if chosen is not None and (chosen.bits, chosen.written_size) != (bits, group_size):
+        if chosen is None:
+            continue
+        if (chosen.bits, chosen.written_size) == (bits, group_size):
+            common += 1
+        else:
             targets.setdefault((chosen.bits, chosen.written_size), []).append(name)
     kept = [name for name, chosen in modules.items() if chosen is None]
     if not any(end_of(name) == "lm_head" for name in modules):
         kept.append("lm_head")
+    found = [(len(names), key, names) for key, names in targets.items()]
+    found = sorted([(common, (bits, group_size), ["Linear"]), *found], key=lambda group: -group[0])
     groups = {
         f"group_{i}": {"targets": names, "weights": _arguments(*key, symmetric), "format": FORMAT}
-        for i, (key, names) in enumerate([*targets.items(), ((bits, group_size), ["Linear"])])
+        for i, (_, key, names) in enumerate(found)
     }
     return {
         "quant_method": "compressed-tensors",

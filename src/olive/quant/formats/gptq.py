@@ -24,6 +24,7 @@ BITS = (2, 3, 4, 8)
 ENDS: tuple[End, ...] = ("lm_head",)
 MIXED = True
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+VERSIONS = ("gptq", "gptq_v2")
 
 
 def fits(n: int, k: int, bits: int, group_size: int) -> bool:
@@ -49,7 +50,7 @@ def unpack(parts: Mapping[str, Tensor], own: Mapping[str, Any], where: str) -> Q
         check_order(parts["g_idx"], own["group_size"], where)
     bits = own["bits"]
     zero_point = unpack_bits(parts["qzeros"], bits)
-    if own.get("checkpoint_format", "gptq") != "gptq_v2":
+    if _version(own) == "gptq":
         zero_point = (zero_point + 1) & (2**bits - 1)
     return QuantizedWeight(
         codes=unpack_bits(parts["qweight"].t(), bits),
@@ -110,8 +111,15 @@ def module_settings(settings: Mapping[str, Any], module: str) -> dict[str, Any]:
     return own
 
 
+def _version(settings: Mapping[str, Any]) -> str:
+    """Return "gptq" (v1) or "gptq_v2", which some writers call ``format`` alone."""
+    return str(settings.get("checkpoint_format") or settings.get("format") or VERSIONS[0]).lower()
+
+
 def check(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse bits that are not read."""
+    """Refuse bits and versions that are not read."""
+    if (version := _version(settings)) not in VERSIONS:
+        raise ConfigError(f"{where}: GPTQ in format {version!r}; only {' and '.join(VERSIONS)} are read")
     overrides = [override for override in (settings.get("dynamic") or {}).values() if override]
     for bits in (own.get("bits", settings.get("bits")) for own in (settings, *overrides)):
         if bits not in BITS:

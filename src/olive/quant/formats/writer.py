@@ -38,6 +38,8 @@ def choose_groups(
     chosen: dict[str, Grouping | None] = {}
     for module, (n, k) in shapes.items():
         size = fitting_group(k, group_size) if layout.MIXED and group_size != -1 else group_size
+        if layout.MIXED and size not in (None, -1) and not layout.fits(n, k, bits, size):  # not a power of two
+            size = fitting_group(k, 1 << (size.bit_length() - 1))
         fits = size is not None and layout.fits(n, k, bits, size) and (end_of(module) in (None, *layout.ENDS))
         chosen[module] = Grouping(bits, k if size == -1 else size, size == -1) if fits and size is not None else None
     return chosen
