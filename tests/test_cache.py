@@ -128,6 +128,37 @@ def test_only_unchanged_folders_of_ours_are_replaced(tmp_path: Path) -> None:
     check_replaceable(out, overwrite=True)
 
 
+@pytest.mark.parametrize("text", ["[]", '{"files": 3}', "3"])
+def test_a_record_or_a_memory_that_is_none_is_no_defect(text: str, tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "digests.json").write_text("[]")
+    assert len(cache.digest(tmp_path / "file")) == 64
+    cache.folder("ab").mkdir(parents=True)
+    (cache.folder("ab") / "step.json").write_text(text)
+    with pytest.raises(PassError, match=r"broken cache entry .*not a record of a step"):
+        cache.get("ab")
+
+
+@pytest.mark.parametrize("added", [".env", ".git/HEAD", "notes/", "broken", "sub/notes/"])
+def test_a_folder_of_ours_that_somebody_added_to_is_not_replaced(added: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "sub").mkdir(parents=True)
+    (out / "sub" / "a").write_text("a")
+    (out / "olive.json").write_text(json.dumps({"format": "olive", "files": digests(out)}))
+    check_replaceable(out, overwrite=False)
+    if added == "broken":
+        (out / added).symlink_to("nowhere")
+    elif added.endswith("/"):
+        (out / added).mkdir()
+    else:
+        (out / added).parent.mkdir(exist_ok=True)
+        (out / added).write_text("mine")
+    with pytest.raises(ConfigError, match="was changed or added"):
+        check_replaceable(out, overwrite=False)
+    check_replaceable(out, overwrite=True)
+
+
 def test_an_output_takes_the_files_of_a_store_that_ends_with_the_run(tmp_path: Path) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     source.mkdir()

@@ -288,6 +288,47 @@ def test_broken_yaml_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"{file}:3:1: not YAML" in refusal(capsys, ["run", str(file)])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("w.yaml", "", "w.yaml: expected a mapping, got NoneType"),
+        ("w.yaml", "- a\n", "w.yaml: expected a mapping, got list"),
+        ("w.yaml", "passes: {type: rtn}\noutput_dir: o\n", "w.yaml: passes: expected a list of passes"),
+        ("w.yaml", "passes:\n- {type: rtn, bits: 4, bits: 8}\n", "w.yaml:2:24: not YAML: 'bits' is given twice"),
+        ("w.yaml", "seed: 1\npasses: []\nseed: 2\n", "w.yaml:3:1: not YAML: 'seed' is given twice"),
+        ("w.yaml", "passes: &a [{type: rtn}, *a]\n", "w.yaml:1:26: not YAML: an alias of what holds it"),
+        ("w.json", '{"passes": [{"type": "rtn", "bits": 4, "bits": 8}]}', "w.json: 'bits' is given twice"),
+    ],
+)
+def test_files_that_are_no_workflow_are_named(
+    name: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert said in refusal(capsys, ["run", str(tmp_path / name)])
+
+
+def test_one_data_set_may_extend_another(tmp_path: Path) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text("a: &a {name: text}\nb: {<<: *a, name: json}\nc: *a\n")
+    assert load(file) == {"a": {"name": "text"}, "b": {"name": "json"}, "c": {"name": "text"}}
+
+
+def test_a_workflow_is_not_saved_over_what_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    argv = ["quantize", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out"), "--dry_run", "--save_config_file"]
+    assert "is a folder; give a file" in refusal(capsys, [*argv, str(tmp_path)])
+    assert "exists with other contents" in refusal(capsys, [*argv, str(tmp_path / "binary")])
+
+
+def test_names_that_cannot_be_written_beside_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["quantize", "-m", str(LAB_MODEL), *QUICK, "-o"]
+    assert "the name is too long" in refusal(capsys, [*argv, str(tmp_path / ("x" * 240))])
+    (tmp_path / "out" / "in").mkdir(parents=True)
+    assert main([*argv, str(tmp_path / "out" / "in" / ".."), "--overwrite"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == [
+        "out", "out.lock.json", "out.report.html", "out.report.json"]  # fmt: skip
+
+
 def test_bad_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = copy(tmp_path), str(tmp_path / "out")
     weights = folder / "model.safetensors"
@@ -433,6 +474,22 @@ def test_a_full_disk_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
     assert not list((cache / "entries").glob("*/*"))
     assert not list((cache / "building").glob("*"))
+
+
+def test_a_disk_that_is_full_outside_of_a_step_is_told_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from olive.cache import Cache
+    from olive.cli import run
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    argv = ["quantize", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out"), *QUICK]
+    for owner, name in ((Cache, "using"), (run, "write_report")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            assert "no space left while writing" in refusal(capsys, argv, code=1)
 
 
 def test_an_interrupt_keeps_finished_steps_and_nothing_else(

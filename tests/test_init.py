@@ -65,6 +65,14 @@ def test_goals_give_a_template(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert made["search"]["trials"] == 9
 
 
+def test_a_goal_that_nothing_measures_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answer(monkeypatch, "goals", str(LAB_MODEL), "", "speediness<=1", "", "9", "out", "file.yaml") == 2
+    assert "no evaluator measures 'speediness'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_answers_are_asked_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     answers = ["7", "nothing", "adapter", "", str(LAB_MODEL), str(TRAVEL), "", "many", "3", "out", ""]
     assert answer(monkeypatch, *answers) == 0

@@ -290,6 +290,13 @@ def test_why_tells_from_what_a_key_is_made_and_what_has_changed(
     assert "nearest is" in capsys.readouterr().out
 
 
+def test_a_template_has_no_key_to_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text("input_model: {path: m}\npasses: [{type: rtn, bits: {choice: [4, 8]}}]\n")
+    assert main(["cache", "why", str(file)]) == 2
+    assert "t.yaml: has holes" in capsys.readouterr().err
+
+
 def test_a_cap_from_the_environment_is_kept_after_each_run(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

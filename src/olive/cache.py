@@ -15,14 +15,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olive.errors import ConfigError, PassError
-from olive.model import digests, files, read_manifest, sha256
+from olive.model import MANIFEST, digests, files, read_manifest, sha256
 
 if TYPE_CHECKING:
     from olive.shared import Shared
@@ -80,6 +80,8 @@ class Cache:
         try:
             number = folder.stat().st_ino
             record = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or not isinstance(record.get("files", {}), dict):
+                raise ValueError("step.json is not a record of a step")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -198,8 +200,8 @@ class Cache:
         with self._digesting:
             if self._digests is None:
                 self._digests = {}
-                with suppress(OSError, ValueError):
-                    self._digests = json.loads(memo.read_text(encoding="utf-8"))
+                with suppress(OSError, ValueError, AttributeError):  # it is only a memory
+                    self._digests = dict(json.loads(memo.read_text(encoding="utf-8")).items())
         stat = path.stat()
         seen = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
         if seen not in self._digests:
@@ -280,10 +282,20 @@ def check_replaceable(output: Path, overwrite: bool, digest: Callable[[Path], st
     manifest = read_manifest(output)
     if manifest is None:
         raise ConfigError(f"{output}: already holds something else; choose another folder or give --overwrite")
-    changed = sorted(set(digests(output, digest).items()) ^ set(manifest.get("files", {}).items()))
+    known = manifest.get("files", {})
+    changed = sorted(
+        {name for name, _ in set(digests(output, digest).items()) ^ set(known.items())} | _added(output, known)
+    )
     if changed:
-        name = changed[0][0]
+        name = changed[0]
         raise ConfigError(f"{output}: {name} was changed or added since it was made; give --overwrite to replace it")
+
+
+def _added(output: Path, known: Iterable[str]) -> set[str]:
+    """Name what no digest tells of and we did not write: hidden files, folders, links that lead nowhere."""
+    ours = {MANIFEST, *known}
+    ours |= {parent.as_posix() for name in known for parent in Path(name).parents}
+    return {path.relative_to(output).as_posix() for path in output.rglob("*")} - ours
 
 
 def swap(staged: Path, output: Path) -> None:

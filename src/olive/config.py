@@ -90,8 +90,9 @@ def _owner(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
     return cls
 
 
-def load(path: Path) -> Any:
-    """Read a YAML or JSON file; a syntax error names file, line and column."""
+def load(path: Path, *, twins: bool = False) -> Any:
+    """Read a YAML or JSON file; a syntax error names file, line and column. A key that is given twice is an error too;
+    ``twins``: in JSON, the last one counts."""
     import yaml
 
     try:
@@ -101,13 +102,30 @@ def load(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        return json.loads(text) if path.suffix == ".json" else read_yaml(text)
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=None if twins else _no_twins)
+        return read_yaml(text)
+    except _GivenTwiceError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+class _GivenTwiceError(ValueError):
+    """A key of a JSON mapping is given twice: one of its values would be lost."""
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _GivenTwiceError(f"{key!r} is given twice in one mapping")
+        found[key] = value
+    return found
 
 
 def read_yaml(text: str) -> Any:
@@ -130,7 +148,24 @@ def _yaml_classes() -> tuple[Any, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            open_anchor = self.check_event(yaml.AliasEvent) and self.anchors.get(self.peek_event().anchor)
+            if open_anchor and open_anchor.end_mark is None:
+                raise yaml.MarkedYAMLError(
+                    problem="an alias of what holds it", problem_mark=self.peek_event().start_mark
+                )
+            return super().compose_node(parent, index)
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if (key.tag, key.value) in seen:
+                        problem = f"{key.value!r} is given twice in one mapping"
+                        raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                    seen.add((key.tag, key.value))
+            return node
 
     class Dumper(yaml.SafeDumper):
         pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -95,10 +96,16 @@ def open_source(workflow: Workflow) -> tuple[Model, str | None, list[Path]]:
     return source, revision, [folder, *([adapter] if adapter else [])]
 
 
+LONGEST_NAME = 224
+"""Bytes that the name of an output may have: what lies beside it, or is built there, has a longer one."""
+
+
 def check_places(workflow: Workflow, inputs: list[Path], cache: Cache, *, overwrite: bool) -> Path:
     """Return the output's folder; refuse one that may not be written or replaced."""
     output = Path(workflow.output_dir).expanduser()
-    output = output.resolve() if output.is_symlink() else output
+    output = output.resolve() if output.name == ".." or output.is_symlink() else output
+    if len(os.fsencode(output.name)) > LONGEST_NAME:
+        raise ConfigError(f"{output}: the name is too long; give one of at most {LONGEST_NAME} bytes")
     kept = [Path.cwd(), Path.home(), cache.root, *(file for step in workflow.passes for file in _data_files(step))]
     _check_output(output, inputs, kept)
     writable(cache.root, f"{cache.root}: the cache cannot be written; set OLIVE_CACHE_DIR")

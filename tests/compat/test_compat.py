@@ -77,6 +77,21 @@ def test_a_pass_without_a_counterpart_is_refused_with_its_place_and_a_hint() -> 
         convert(NPU, "recipe.json")
 
 
+def test_values_of_another_shape_are_refused_with_their_place() -> None:
+    system = {"type": "LocalSystem", "accelerators": {"device": "cpu"}}
+    with pytest.raises(ConfigError, match=r"systems.local_system.accelerators: expected a list, got \{'device'"):
+        convert(changed(BUILDER, systems={"local_system": system}), "f")
+    for files in (3, {"train": 3}):
+        rows = {"name": "d", "load_dataset_config": {"data_name": "json", "data_files": files}}
+        step = {"type": "Gptq", "data_config": "d"}
+        made = convert(changed(BUILDER, data_configs=[rows], passes={"p": step}), "f").data
+        assert made["data"]["d"]["files"] == [3]  # refused where ours are read
+
+
+def test_one_of_our_passes_without_its_dash_is_not_theirs() -> None:
+    assert not is_foreign({"input_model": {"path": "m"}, "passes": {"type": "rtn"}})
+
+
 def test_two_quantizers_in_a_row_become_one_with_quantized_tables() -> None:
     made = convert(MIXED, "f", skip_unknown=True)
     assert made.data["passes"] == [

@@ -71,6 +71,11 @@ def test_without_wishes_it_is_perplexity_and_size(pair: Pair, capsys: pytest.Cap
     assert [line.split()[0] for line in said.splitlines()] == ["metric", "perplexity", "size_on_disk"]
 
 
+def test_a_metric_that_is_named_twice_is_told_once(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, str(pair.hf.path), "--metrics", "perplexity,perplexity", *SHORT)
+    assert [line.split()[0] for line in said.splitlines()] == ["metric", "perplexity"]
+
+
 def test_adapters_are_compared_in_their_two_forms(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(pair.onnx.path), "--against", str(pair.hf.path), "--adapter", str(pair.onnx_adapter), "--json",
             "--metrics", "kl_divergence", *SHORT]  # fmt: skip

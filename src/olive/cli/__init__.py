@@ -5,6 +5,7 @@ A command is a module with ``parser()`` and ``main(args)``; it is imported only 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -76,6 +77,10 @@ def main(argv: list[str]) -> int:
         return 1
     except Exception as error:
         logging.getLogger("olive").debug("traceback", exc_info=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}no space left while writing; free some, or set OLIVE_CACHE_DIR", file=sys.stderr)
+            return 1
         kind = type(error).__name__
         print(f"error: {kind}: {error}\nThis is a defect of olive; --log_level 0 shows the traceback.", file=sys.stderr)
         return 1

@@ -82,5 +82,5 @@ def _is_fixed(model: dict[str, Any]) -> bool:
     opened = open_model(folder)
     if opened.kind != "hf":
         raise ConfigError(f"{folder}: is an ONNX model; give the checkpoint that it was made from")
-    config = load(opened.path / "config.json")
+    config = load(opened.path / "config.json", twins=True)  # not of our making
     return bool(opened.adapters) or bool(isinstance(config, dict) and config.get("quantization_config"))

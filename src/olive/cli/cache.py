@@ -113,11 +113,14 @@ def _why_workflow(cache: Cache, file: Path, args: argparse.Namespace) -> Iterato
     from olive.inventory import items
     from olive.lineage import nearest
     from olive.plan import plan
+    from olive.search.space import is_template
     from olive.workflow import read_workflow
 
     data: Any = read_file(str(file), args)
     if isinstance(data, dict):
         data.setdefault("output_dir", "output")
+    if is_template(data):
+        raise ConfigError(f"{file}: has holes, and each filling has keys of its own; give a workflow without holes")
     found = items(cache)
     for step in plan(read_workflow(data, str(file)), cache, overwrite=True).steps:
         yield f"{step.name} ({step.key[:12]}): {step.reason}"

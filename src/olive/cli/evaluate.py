@@ -117,7 +117,7 @@ def _evaluators(args: argparse.Namespace, *, against: bool) -> tuple[list[str], 
     from olive.evaluate.evaluators import EVALUATORS, evaluator_class
     from olive.evaluate.metrics import METRICS
 
-    asked = list(getattr(args, "metrics", ()))
+    asked = list(dict.fromkeys(getattr(args, "metrics", ())))
     own = _lm_eval(args) + _function(args)
     if not asked and not own:
         asked = list(DEFAULT_AGAINST if against else DEFAULT)

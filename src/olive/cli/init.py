@@ -57,13 +57,16 @@ def _write(command: Sequence[str], file: Path, args: argparse.Namespace) -> None
     """Write the workflow file that a command stands for."""
     from olive.cli import COMMANDS
     from olive.config import dump
+    from olive.search.space import read_space
 
     module = importlib.import_module(COMMANDS[command[0]][0])
     own = parse_arguments(module.parser(f"olive {command[0]}"), normalize(command[1:]))
     if hasattr(args, "overwrite"):
         own.overwrite = True
     if hasattr(own, "goals"):
-        save(dump(module.goal_template(own)), file, own)
+        template = module.goal_template(own)
+        read_space(template, "olive init")  # a goal that cannot be is told now
+        save(dump(template), file, own)
         return
     own.save_config_file, own.write_only = str(file), True
     module.main(own)

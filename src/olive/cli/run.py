@@ -68,9 +68,11 @@ def main_with(args: argparse.Namespace, command: str) -> int:
     if name is None:
         raise ConfigError(f"{command}: give a workflow file: {command} workflow.yaml")
     data = read_file(name, args)
-    if isinstance(data, dict) and hasattr(args, "output_path"):
+    if not isinstance(data, dict):
+        raise ConfigError(f"{name}: expected a mapping, got {type(data).__name__}")
+    if hasattr(args, "output_path"):
         data["output_dir"] = args.output_path
-    if isinstance(data, dict) and "output_dir" in data:
+    if "output_dir" in data:
         (read_space if is_template(data) else read_workflow)(data, name)  # so that mistakes have the file's name
     return execute(data, args)
 
@@ -266,7 +268,9 @@ def show_progress() -> Iterator[Any]:
 
 
 def save(text: str, path: Path, args: argparse.Namespace) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") != text and not hasattr(args, "overwrite"):
+    if path.is_dir():
+        raise ConfigError(f"--save_config_file {path}: is a folder; give a file")
+    if path.exists() and path.read_bytes() != text.encode() and not hasattr(args, "overwrite"):
         raise ConfigError(f"--save_config_file {path}: exists with other contents; give another file or --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

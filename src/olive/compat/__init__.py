@@ -41,7 +41,8 @@ def is_foreign(data: Any) -> bool:
         return False
     model = data.get("input_model")
     typed = isinstance(model, Mapping) and ("type" in model or "model_path" in model)
-    return typed or isinstance(data.get("passes"), Mapping) or any(sign in data for sign in SIGNS)
+    steps = data.get("passes")
+    return typed or (isinstance(steps, Mapping) and "type" not in steps) or any(sign in data for sign in SIGNS)
 
 
 def convert(data: Mapping[str, Any], where: str, *, skip_unknown: bool = False) -> Converted:
@@ -133,6 +134,8 @@ def _target(data: Mapping[str, Any], engine: Mapping[str, Any], where: str, note
     if kind != "LocalSystem":
         notes.add(f"{place}.type", f"{kind} has no counterpart; the workflow runs here")
     accelerators = system.get("accelerators") or []
+    if not isinstance(accelerators, list):
+        raise ConfigError(f"{where}: {place}.accelerators: expected a list, got {accelerators!r}")
     first = accelerators[0] if accelerators and isinstance(accelerators[0], Mapping) else {}
     if len(accelerators) > 1:
         notes.add(f"{place}.accelerators", "only the first is a target; run the workflow again for each other one")

@@ -49,9 +49,9 @@ def data_set(given: Any, place: str, notes: Notes) -> dict[str, Any] | None:
             found[ours] = value
     files = options.pop("data_files", None)
     if isinstance(files, Mapping):
-        files = [file for group in files.values() for file in ([group] if isinstance(group, str) else group)]
+        files = [file for group in files.values() for file in (group if isinstance(group, list) else [group])]
     if files:
-        found["files"] = [files] if isinstance(files, str) else list(files)
+        found["files"] = files if isinstance(files, list) else [files]
     columns = options.pop("text_cols", None)
     columns = [columns] if isinstance(columns, str) else columns
     if columns and "text_template" not in found and "text_field" not in found:
