@@ -57,7 +57,8 @@ def main() -> None:
                   + ", ".join(f"{kind} {shares[kind][-1]:+.2%}" for kind in KINDS), flush=True)  # fmt: skip
         print(f"\nrank {args.rank}, {args.threads} threads, {time.strftime('%Y-%m-%d')}; added time a token, median of "
               f"loads [least, most]")  # fmt: skip
-        for kind, found in shares.items():
+        active = [(1 + a) / (1 + b) - 1 for a, b in zip(shares["adapter"], shares["no adapter"], strict=True)]
+        for kind, found in (shares | {"adapter beside no adapter": active}).items():
             print(f"{kind}: {statistics.median(found):+.2%} [{min(found):+.2%}, {max(found):+.2%}], that is "
                   f"{1 - 1 / (1 + statistics.median(found)):.2%} of the speed")  # fmt: skip
         profiled(args, place)
