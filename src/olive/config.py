@@ -90,9 +90,8 @@ def _owner(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
     return cls
 
 
-def load(path: Path, *, twins: bool = False) -> Any:
-    """Read a YAML or JSON file; a syntax error names file, line and column. A key that is given twice is an error too;
-    ``twins``: in JSON, the last one counts."""
+def load(path: Path) -> Any:
+    """Read a YAML or JSON file; a syntax error, or a key that is given twice, names its place."""
     import yaml
 
     try:
@@ -103,7 +102,7 @@ def load(path: Path, *, twins: bool = False) -> Any:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
         if path.suffix == ".json":
-            return json.loads(text, object_pairs_hook=None if twins else _no_twins)
+            return json.loads(text, object_pairs_hook=_no_twins)
         return read_yaml(text)
     except _GivenTwiceError as error:
         raise ConfigError(f"{path}: {error}") from None

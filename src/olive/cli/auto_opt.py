@@ -74,13 +74,12 @@ def goal_template(args: argparse.Namespace) -> dict[str, Any]:
 
 def _is_fixed(model: dict[str, Any]) -> bool:
     """Tell whether a checkpoint is quantized already or has an adapter, so that only its graph is open."""
-    from olive.config import load
     from olive.model import open_model
+    from olive.quant.formats.checkpoint import read_config
     from olive.remote import fetch
 
     folder, _ = fetch(model["path"], model.get("revision"))
     opened = open_model(folder)
     if opened.kind != "hf":
         raise ConfigError(f"{folder}: is an ONNX model; give the checkpoint that it was made from")
-    config = load(opened.path / "config.json", twins=True)  # not of our making
-    return bool(opened.adapters) or bool(isinstance(config, dict) and config.get("quantization_config"))
+    return bool(opened.adapters) or bool(read_config(opened.path).get("quantization_config"))

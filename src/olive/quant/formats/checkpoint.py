@@ -95,9 +95,9 @@ class Checkpoint:
         if f"{module}.weight" in self.tensors:
             n, k = self.tensors.shape(f"{module}.weight")
             return n, k
-        layout, own = self._layout(module), self.module_settings(module)
+        layout = self._layout(module)
         try:
-            return layout.shape(module, self.tensors, own)
+            return layout.shape(module, self.tensors, self.module_settings(module))
         except KeyError as error:
             raise self._missing(module, error) from None
 
