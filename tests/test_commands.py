@@ -268,6 +268,8 @@ def test_bad_arguments_are_named(
         ({"passes": []}, ["expected a list of passes"]),
         ({"target": {"device": "cpu", "provder": "x"}}, ["target.provder", "did you mean 'provider'"]),
         ({"input_model": {}}, ["input_model.path: required"]),
+        ({"input_model": "phi"}, ["input_model: expected a mapping of options (path, ", "got 'phi'"]),
+        ({"passes": [{"type": "rtn"}, {"type": "kquant"}]}, ["the result of rtn: is already quantized (gptq)"]),
     ],
 )
 def test_mistakes_in_a_workflow_file_are_placed(

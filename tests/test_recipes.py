@@ -69,6 +69,7 @@ def test_goals_turn_the_target_s_recipe_into_a_template() -> None:
     assert gpu["target"] == {"device": "gpu"}
 
 
+@pytest.mark.usefixtures("cache")
 def test_auto_opt_hands_the_template_to_the_search(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["auto-opt", "-m", str(LAB_MODEL), "-o", "out", "--goal", "kl_divergence<=0.05", "--precision", "int4"]
     assert main([*argv, "--dry_run"]) == 0

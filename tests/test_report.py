@@ -82,7 +82,15 @@ def test_a_page_takes_the_place_of_a_page_only(tmp_path: Path, capsys: pytest.Ca
     assert main(argv) == 0
 
 
-@pytest.mark.parametrize(("text", "words"), [("[1]", "not a report"), ("{}", "not a report"), ("{", "not JSON")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1]", "not a report"),
+        ("{}", "not a report"),
+        ("{", "not JSON"),
+        ('{"workflow": {}, "output": "o", "steps": [{"name": "rtn"}]}', "steps.0.key: damaged"),
+    ],
+)
 def test_what_is_no_report_is_refused(
     text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

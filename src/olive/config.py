@@ -73,6 +73,9 @@ def _say(cls: type[BaseModel], item: Any, where: str) -> str:
         return f"{path}: unknown option{did_you_mean(str(item['loc'][-1]), owner.model_fields)}"
     if item["type"] == "missing":
         return f"{path}: required, but not given"
+    if item["type"] == "model_type":
+        names = ", ".join(_owner(cls, item["loc"]).model_fields)
+        return f"{path}: expected a mapping of options ({names}), got {item['input']!r}"
     message = item["msg"].removeprefix("Value error, ")
     return f"{path}: {message[0].lower() + message[1:]}, got {item['input']!r}"
 

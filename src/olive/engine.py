@@ -163,7 +163,8 @@ def _run_step(step: Step, model: Model, input_key: str, plan: Plan, cache: Cache
 def _open(entry: Entry, trust_remote_code: bool) -> Model:
     record = entry.record
     adapters = {name: entry.files / path for name, path in record["adapters"].items()}
-    return Model(record["kind"], entry.files / record["model"], adapters, trust_remote_code)
+    title = f"the result of {record['pass']}"
+    return Model(record["kind"], entry.files / record["model"], adapters, trust_remote_code, title)
 
 
 def _verify(plan: Plan, entry: Entry, model: Model, before: Model, cache: Cache, progress: Progress) -> dict[str, Any]:

@@ -28,6 +28,13 @@ class Model:
     """Adapters by name: PEFT folders beside an ``hf`` model, ``.onnx_adapter`` files of an ``onnx`` one."""
     trust_remote_code: bool = False
     """The user trusts Python code that comes with the checkpoint."""
+    title: str = ""
+    """How messages call a model whose folder the user has not named."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return self.title or self.path.name
 
 
 def open_model(folder: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> Model:

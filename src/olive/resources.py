@@ -14,11 +14,11 @@ CGROUPS = ((Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.curre
 INTERVAL_S = 0.02
 
 
-def available_memory() -> int:
-    """Return the bytes that processes can still get, swap included, within the container's limit if there is one."""
+def available_memory(*, swap: bool = True) -> int:
+    """Return the bytes that processes can still get, within the container's limit if there is one."""
     import psutil
 
-    found = psutil.virtual_memory().available + psutil.swap_memory().free
+    found = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
     for limit, use in CGROUPS:
         try:
             most, now = limit.read_text(encoding="ascii").strip(), int(use.read_text(encoding="ascii"))

@@ -132,7 +132,7 @@ def check_quality(
         _generates(model, tokenizer) if _is_here(provider) else f"not run: {provider} is not in this onnxruntime"
     )
     if not generated:
-        raise VerifyError(f"{model.path.name}: generates nothing")
+        raise VerifyError(f"{model.name}: generates nothing")
     figures = {"generates": generated, **_compare(source, None, model, None, ids, device, limit)}
     if model.kind == "onnx" and reference is not None:
         for name, file in model.adapters.items():
@@ -175,7 +175,7 @@ def _compare(
     found = _hf_logits(model, None, ids, device) if model.kind == "hf" else _onnx_logits(model, adapter, ids)
     for row, (want, got) in enumerate(zip(expected, found, strict=True)):
         if not torch.isfinite(got).all():
-            raise VerifyError(f"{model.path.name}: gives logits that are not finite numbers")
+            raise VerifyError(f"{model.name}: gives logits that are not finite numbers")
         quality.add(want.cpu(), got.cpu(), ids[row : row + 1])
     figures = quality.figures()
     if not figures["kl_divergence"] <= limit:

@@ -90,7 +90,7 @@ def test_an_architecture_that_nobody_builds(tmp_path: Path) -> None:
 
 def test_the_fallback_refuses_what_would_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.checkpoint(tmp_path / "hf", "llama")
-    monkeypatch.setattr(fallback, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(fallback, "available_memory", lambda **_: 1000)
     with pytest.raises(ConfigError, match=r"would need about .* GB of memory, and 0\.0 GB are free"):
         fallback.build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options("int4"), tmp_path)
 

@@ -100,8 +100,9 @@ def test_mistakes_end_before_any_trial(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], told: str
 ) -> None:
     path, _ = write(model, tmp_path, **changes)
-    assert main(["run", path]) == 2
-    assert told in capsys.readouterr().err
+    for command in ("run", "plan"):
+        assert main([command, path]) == 2
+        assert told in capsys.readouterr().err
     assert not (tmp_path / "out.study").exists()
 
 

@@ -114,5 +114,10 @@ def _chat(generator: Generator, args: argparse.Namespace, adapter: str | None) -
             adapter = name
             continue
         messages.append({"role": "user", "content": line})
-        text = _answer(generator, generator.encode_chat(messages), args, adapter)
+        try:
+            text = _answer(generator, generator.encode_chat(messages), args, adapter)
+        except ConfigError as error:  # too long, as a rule: the chat so far is worth keeping
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": text})

@@ -24,9 +24,12 @@ def parser(prog: str) -> Parser:
 
 def main(args: argparse.Namespace) -> int:
     """Write one page."""
+    from pydantic import TypeAdapter, ValidationError
+
     from olive.config import load
     from olive.html import page
     from olive.plan import check_beside
+    from olive.report import StepRecord
 
     if not hasattr(args, "report"):
         raise ConfigError("olive report: give a report: olive report OUTPUT.report.json")
@@ -34,6 +37,13 @@ def main(args: argparse.Namespace) -> int:
     report = load(source)
     if not isinstance(report, dict) or not {"workflow", "output", "steps"} <= report.keys():
         raise ConfigError(f"{source}: not a report; Olive writes one beside each output, as OUTPUT.report.json")
+    try:
+        TypeAdapter(list[StepRecord]).validate_python(report["steps"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("steps", *first["loc"])))
+        raise ConfigError(f"{source}: {place}: damaged: {first['msg'].lower()}; run its workflow again, which takes "
+                          "seconds where the cache has the result") from None  # fmt: skip
     target = Path(args.output_path) if hasattr(args, "output_path") else source.with_suffix(".html")
     check_beside(target, "report.html", hasattr(args, "overwrite"))
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from olive.cli.run import max_size, open_cache, save, say, show_progress, write_
 from olive.errors import OliveError
 
 if TYPE_CHECKING:
+    from olive.search.space import Space
     from olive.search.study import Found
 
 
@@ -21,15 +22,17 @@ def execute_template(data: dict[str, Any], args: argparse.Namespace) -> int:
     output, overwrite, most = Path(data["output_dir"]).expanduser(), hasattr(args, "overwrite"), max_size()
     if hasattr(args, "save_config_file"):
         save(dump(data), Path(args.save_config_file or f"{output}.yaml"), args)
-    if hasattr(args, "dry_run"):
-        for line in space_lines(data):
-            print(line)
-        return 0
     with open_cache(args, output) as cache:
+        from olive.search.study import prepare, search
+
+        if hasattr(args, "dry_run"):
+            space, _, output = prepare(data, cache, overwrite=overwrite)
+            for line in space_lines(space, output):
+                print(line)
+            return 0
         from olive.engine import run
         from olive.plan import plan
         from olive.report import Report
-        from olive.search.study import search
         from olive.workflow import read_workflow
 
         with show_progress() as progress, cache.using():
@@ -62,14 +65,13 @@ def nothing(found: Found) -> str:
     return f"no trial was completed: {reasons.count(common)} of {len(reasons)} failed with: {common}"
 
 
-def space_lines(data: Mapping[str, Any]) -> Iterator[str]:
+def space_lines(space: Space, output: Path) -> Iterator[str]:
     """Yield what would be searched."""
-    from olive.search.space import Choice, read_space
+    from olive.search.space import Choice
 
-    space = read_space(data)
     size = space.size()
     yield f"search     {'endlessly many' if size is None else size} combinations"
     for hole in space.holes:
         values = ", ".join(map(str, hole.values)) if isinstance(hole, Choice) else f"{hole.low:g} to {hole.high:g}"
         yield f"{'':<10} {hole.path}: {values}"
-    yield f"output     {data['output_dir']}"
+    yield f"output     {output}"

@@ -14,6 +14,7 @@ from olive.decoder.families import FAMILIES
 from olive.decoder.options import Options
 from olive.errors import ConfigError, PassError
 from olive.quant.formats.checkpoint import Checkpoint
+from olive.resources import available_memory
 
 log = logging.getLogger("olive")
 
@@ -65,16 +66,7 @@ def _check_memory(checkpoint: Checkpoint, precision: str) -> None:
     """Refuse a build that would not fit into the memory that is free now."""
     parameters = sum(math.prod(checkpoint.tensors.shape(name)) for name in checkpoint.float_names)
     needed = parameters * BYTES_PER_PARAMETER[precision]
-    free = _free_memory()
-    if free is not None and needed > free:
+    free = available_memory(swap=False)
+    if needed > free:
         raise ConfigError(f"{checkpoint.folder}: GenAI's builder would need about {needed / 1e9:.1f} GB of memory, and "
                           f"{free / 1e9:.1f} GB are free; use a machine with more")  # fmt: skip
-
-
-def _free_memory() -> int | None:
-    """Return the bytes that programs may still take, where the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -24,11 +24,9 @@ class Dequantize(
 
         source = Checkpoint(model.path)
         if source.method is None:
-            raise ConfigError(f"{model.path.name}: is not quantized; there is nothing to dequantize")
+            raise ConfigError(f"{model.name}: is not quantized; there is nothing to dequantize")
         if model.adapters:
-            raise ConfigError(
-                f"{model.path.name}: has an adapter, which dequantize would lose; give the base model alone"
-            )
+            raise ConfigError(f"{model.name}: has an adapter, which dequantize would lose; give the base model alone")
         names = [*source.float_names, *(f"{module}.weight" for module in source.quantized)]
         writer = CheckpointWriter(model.path, ctx.out, len(names))
         for done, name in enumerate(names):

@@ -53,9 +53,7 @@ class Lora(
         if self.data is None:
             raise ConfigError("lora needs data to train on; add data: to the pass or give --data_name and --data_files")
         if model.adapters:
-            raise ConfigError(
-                f"{model.path.name}: has an adapter already; give its base model alone (its model/ folder)"
-            )
+            raise ConfigError(f"{model.name}: has an adapter already; give its base model alone (its model/ folder)")
         from olive.cache import lay
         from olive.train.lora import Job, train
 

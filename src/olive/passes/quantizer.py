@@ -292,8 +292,8 @@ def float_source(model: Model) -> tuple[Any, Any]:
     if settings:
         method = settings.get("quant_method")
         way = "with olive dequantize" if method in BITS else "with the tool that made it: olive does not read it"
-        raise ConfigError(f"{model.path.name}: is already quantized ({method}); make it float first, {way}")
+        raise ConfigError(f"{model.name}: is already quantized ({method}); make it float first, {way}")
     if model.adapters:
-        raise ConfigError(f"{model.path.name}: has an adapter, which quantize would lose; give the base model alone")
+        raise ConfigError(f"{model.name}: has an adapter, which quantize would lose; give the base model alone")
     meta = skeleton(model.path, trust_remote_code=model.trust_remote_code)
     return open_tensors(model.path, meta, trust_remote_code=model.trust_remote_code), meta

@@ -51,17 +51,24 @@ def search(
     progress: Progress = lambda *_: None,
 ) -> Found:  # fmt: skip
     """Search a template for the workflow that meets its goals best; trials go into the study's folder as they end."""
-    space = read_space(template, where)
-    head = read_workflow(dict(template) | {"passes": [STAND_IN]}, where)
+    space, head, output = prepare(template, cache, where=where, overwrite=overwrite)
     options = head.search or Search()
-    _check(head, options, space, where)
-    _, _, inputs = open_source(head)
-    output = check_places(head, inputs, cache, overwrite=overwrite)
     folder = Path(options.study).expanduser() if options.study else output.with_name(output.name + ".study")
     with open_workers(options, progress) as workers, open_journal(folder, about(template, head)) as journal:
         study = Study(template, space, head, cache, journal, workers, progress)
         ended = study.run()
     return study.found(ended)
+
+
+def prepare(
+    template: Mapping[str, Any], cache: Cache, *, where: str = "workflow", overwrite: bool = False
+) -> tuple[Space, Workflow, Path]:
+    """Check all that a search needs; return its holes, its workflow with a stand-in for the passes, and the output."""
+    space = read_space(template, where)
+    head = read_workflow(dict(template) | {"passes": [STAND_IN]}, where)
+    _check(head, head.search or Search(), space, where)
+    _, _, inputs = open_source(head)
+    return space, head, check_places(head, inputs, cache, overwrite=overwrite)
 
 
 def _check(head: Workflow, options: Search, space: Space, where: str) -> None:
