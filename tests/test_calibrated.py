@@ -124,8 +124,14 @@ run(plan(made, cache), cache, progress=progress)
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("gptq", {}), ("gptq", {"compensate": True}), ("awq", {}), ("tune", {"iterations": 2})],
-    ids=["gptq", "gptq-compensate", "awq", "tune"],
+    [
+        ("gptq", {}),
+        ("gptq", {"compensate": True}),
+        ("awq", {}),
+        ("tune", {"iterations": 2}),
+        ("distill", {"iterations": 2, "steps": 2, "own_rows": 8}),
+    ],
+    ids=["gptq", "gptq-compensate", "awq", "tune", "distill"],
 )
 def test_layers_finished_before_a_kill_are_not_done_again(
     kind: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -430,6 +436,39 @@ def test_tuning_is_deterministic_and_seeded(tmp_path: Path, monkeypatch: pytest.
     assert found["a"] == found["b"] != found["c"]
 
 
+SHORT = {"iterations": 2, "steps": 8, "own_rows": 16}
+
+
+def test_training_is_told_and_leaves_tables_alone(tmp_path: Path) -> None:
+    more = {"bits": 2, "format": "olive", "group_size": 64, "lm_head": "int4", "embeddings": "int4"}
+    report = quantize(LAB_MODEL, tmp_path / "out", type="distill", learning_rate=0.01, **SHORT, **more)
+    quantize(LAB_MODEL, tmp_path / "tuned", type="tune", iterations=2, **more)
+    facts = report.steps[0].facts
+    assert facts["held_back_kl_after"] < facts["held_back_kl_before"]
+    assert any("held_back_kl_after" in line for line in report.lines())
+    assert facts["linears"] and not any("error" in own for own in facts["linears"].values())
+    found, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "tuned"))
+    assert found.keys() == tuned.keys()
+    changed = {name for name in found if not torch.equal(found[name], tuned[name])}
+    assert changed and all("_proj." in name for name in changed)
+    files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("out", "tuned")]
+    assert files[0] == files[1]
+    quantize(LAB_MODEL, tmp_path / "again", type="distill", learning_rate=0.01, **SHORT, **more)
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+def test_training_that_does_not_help_is_undone(tmp_path: Path) -> None:
+    report = quantize(LAB_MODEL, tmp_path / "out", type="distill", learning_rate=100.0, **SHORT)
+    quantize(LAB_MODEL, tmp_path / "tuned", type="tune", iterations=2)
+    facts = report.steps[0].facts
+    assert "undone" in facts["warning"]
+    assert not facts["held_back_kl_after"] < facts["held_back_kl_before"]
+    assert all("error" in own for own in facts["linears"].values())
+    found, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "tuned"))
+    assert found.keys() == tuned.keys()
+    assert all(torch.equal(found[name], tuned[name]) for name in found)
+
+
 def test_best_tells_what_it_tried_and_keeps_the_nearest(tmp_path: Path) -> None:
     candidates = [{"type": "rtn"}, {"type": "gptq"}, {"type": "gptq", "damping": 1e6}]
     report = quantize(LAB_MODEL, tmp_path / "out", type="best", candidates=candidates, bits=3)
@@ -463,13 +502,13 @@ def test_the_report_tells_each_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("kind", ["rtn", "hqq", "kquant", "awq", "gptq", "tune"])
+@pytest.mark.parametrize("kind", ["rtn", "hqq", "kquant", "awq", "gptq", "tune", "distill"])
 def test_experts_and_those_that_few_tokens_reach(family: str, kind: str, tmp_path: Path) -> None:
     from olive.runtime.torch_model import load
 
     tiny.checkpoint(tmp_path / "model", family)
     data = {"data": None} if kind in ("rtn", "hqq") else {"data": ROWS | {"max_samples": 2}}  # 96 tokens, 6 experts
-    more = {"iterations": 2} if kind == "tune" else {}
+    more: dict[str, Any] = {"tune": {"iterations": 2}, "distill": SHORT}.get(kind, {})
     report = quantize(tmp_path / "model", tmp_path / "out", type=kind, format="gptq", bits=8, **data, **more)
     if "calibration_rows" in report.steps[0].facts:
         layers = report.steps[0].facts["linears"]

@@ -104,10 +104,13 @@ def test_a_packed_checkpoint_counts_its_parameters_unpacked(tmp_path: Path) -> N
 
 
 def test_the_least_memory_is_what_a_pass_holds() -> None:
-    rtn, gptq, lora = (pass_class(name)() for name in ("rtn", "gptq", "lora"))
+    rtn, gptq, lora, distill = (pass_class(name)() for name in ("rtn", "gptq", "lora", "distill"))
     assert least_memory(rtn, HUGE, "cpu") == 4 * (1 << 25)  # rows, whatever the tensor's size
     assert least_memory(lora, HUGE, "cpu") == 4 * (HUGE.linear + HUGE.tables)
     assert least_memory(lora, after(rtn, HUGE, CPU), "cpu") == after(rtn, HUGE, CPU).size
+    every = HUGE.linear + HUGE.tables
+    assert least_memory(distill, HUGE, "cpu") - least_memory(distill, HUGE, "cuda") == 16 * HUGE.linear
+    assert least_memory(distill, HUGE, "cuda") == 8 * every
     tokens = (least_memory(gptq, HUGE, "cpu") // 4 - HUGE.layer - HUGE.widest**2) / HUGE.hidden
     assert 2000 < tokens < 128 * 512  # of the shipped text, at least
 

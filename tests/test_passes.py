@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict] = {
     "awq": {"data": ROWS, "group_size": 64},
     "gptq": {"data": ROWS, "group_size": 64, "bits": 8},
     "tune": {"data": ROWS, "group_size": 64, "iterations": 2},
+    "distill": {"data": ROWS, "group_size": 64, "iterations": 2, "steps": 2, "own_rows": 8},
     "smooth": {"data": ROWS},
     "best": {"data": ROWS, "group_size": 64, "candidates": [{"type": "rtn"}, {"type": "awq"}]},
     "lora": {"data": ROWS, "rank": 2, "training": {"max_steps": 1, "per_device_train_batch_size": 2}},

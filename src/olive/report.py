@@ -79,7 +79,7 @@ class Report:
                 yield f"{'':<12} and {len(fallbacks) - 4} more linear layers; the report lists them"
             yield from _candidates(step.facts.get("candidates") or [], step.facts.get("picked"))
             yield from _allocation(step.facts.get("allocation"))
-            for name in ("held_back_loss_before", "held_back_loss_after", "warning"):
+            for name in FIGURES:
                 if name in step.facts:
                     value = step.facts[name]
                     yield f"{'':<12} {name}: {value:.4f}" if isinstance(value, float) else f"{'':<12} {name}: {value}"
@@ -115,6 +115,8 @@ class Report:
             yield f"{'':<12} and {len(front) - FRONT_LINES} more trials on the front; the report lists them"
 
 
+FIGURES = ("held_back_loss_before", "held_back_loss_after", "held_back_kl_before", "held_back_kl_after", "warning")
+"""Facts of a step that a terminal shows."""
 GOAL_STATES = {True: "goal met", False: "goal missed", None: "objective"}
 FRONT_LINES = 8
 

@@ -24,10 +24,11 @@ ALGORITHMS = {
     "kquant": "round to searched ranges: no data",
     "awq": "fitted to calibration data",
     "gptq": "fitted to calibration data, each layer making up for those before it",
-    "tune": "fitted to calibration data: the most accurate and the slowest",
+    "tune": "fitted to calibration data: more accurate, slower",
+    "distill": "the result of tune, trained as a whole: the most accurate, for small models on a GPU",
     "best": "try several and keep the one nearest to the float model",
 }
-FITTED = ("awq", "gptq", "tune", "best")
+FITTED = ("awq", "gptq", "tune", "distill", "best")
 CONTENTS = {"text": "text", "json": "JSON rows", "csv": "CSV", "parquet": "Parquet"}
 EXAMPLE_GOAL = "kl_divergence<=0.05"
 

@@ -9,10 +9,17 @@ from olive.cli.options import given as given_flags
 from olive.cli.run import add_flow, execute
 from olive.errors import ConfigError
 
-ALGORITHMS = ("rtn", "kquant", "hqq", "awq", "gptq", "tune", "best")
+ALGORITHMS = ("rtn", "kquant", "hqq", "awq", "gptq", "tune", "distill", "best")
 OPTIONS = ["group_size", "format", "exclude", "overrides", "lm_head", "embeddings"]
 BUDGET = ["target_size", "kl_budget", "size_of", "sensitivities"]
-OWN = {"iterations": "tune", "statistics": "awq", "save_statistics": "awq", "budget": "best"}
+OWN = {
+    "iterations": "tune",
+    "steps": "distill",
+    "own_rows": "distill",
+    "statistics": "awq",
+    "save_statistics": "awq",
+    "budget": "best",
+}
 """Options of some algorithms only, and one that has it."""
 
 
@@ -28,8 +35,9 @@ def parser(prog: str) -> Parser:
         choices=ALGORITHMS,
         default="rtn",
         help="Without data: rtn (round to nearest), kquant (searched ranges; with data, by importance), hqq. Fitted to "
-        "calibration data: awq, gptq, tune (the most accurate and the slowest). best: tries several and keeps the one "
-        "that is nearest to the float model on held-back rows. Default: rtn.",
+        "calibration data: awq, gptq, tune (more accurate, slower), distill (trains what tune gives: most accurate, on "
+        "a GPU). best: tries several and keeps the one that is nearest to the float model on held-back rows. "
+        "Default: rtn.",
     )
     own.add_argument(
         "--compare",

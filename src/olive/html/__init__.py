@@ -144,7 +144,7 @@ def _flat(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
 
 def _error_charts(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for i, step in enumerate(report["steps"]):
-        if step["facts"].get("linears"):
+        if any("error" in own for own in step["facts"].get("linears", {}).values()):
             yield error_chart(f"errors-{i}", step["facts"]["linears"])
 
 

@@ -17,6 +17,7 @@ PASSES = {
     "awq": "olive.passes.awq:Awq",
     "gptq": "olive.passes.gptq:Gptq",
     "tune": "olive.passes.tune:Tune",
+    "distill": "olive.passes.distill:Distill",
     "best": "olive.passes.best:Best",
     "rotate": "olive.passes.rotate:Rotate",
     "smooth": "olive.passes.smooth:Smooth",

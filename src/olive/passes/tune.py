@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class Tune(Calibrated, sources=("olive.passes.tune", "olive.quant.tune", *GPTQ)):
     """GPTQ's codes, then rounding and scales of each layer tuned together by signed gradients of its output's error
-    (AutoRound, arXiv 2309.05516, 2023). The slowest and the most accurate."""
+    (AutoRound, arXiv 2309.05516, 2023). The most accurate of those that hold one layer at a time."""
 
     iterations: int = Field(100, ge=1)
     """Steps per layer."""
