@@ -26,6 +26,8 @@ from olive.workflow import read_workflow
 from places import LAB_MODEL, TEMPLATE, TRAVEL
 
 ROWS = {"name": "json", "files": [str(TRAVEL)], "text_template": TEMPLATE, "max_samples": 8, "max_seq_len": 48}
+SHORT = {"iterations": 2, "steps": 8, "own_rows": 16}
+"""Options of distill."""
 
 
 def quantize(model: Path, out: Path, cache: Cache | None = None, seed: int = 0, **step: Any) -> Report:
@@ -225,12 +227,12 @@ def test_a_group_of_zeros_stays_zero(kind: str, symmetric: bool, tmp_path: Path)
     assert not Checkpoint(tmp_path / "out").weight(name)[:4].any()
 
 
-@pytest.mark.parametrize("kind", ["awq", "gptq", "tune", "kquant"])
+@pytest.mark.parametrize("kind", ["awq", "gptq", "tune", "kquant", "distill"])
 def test_one_short_row_is_too_little_to_fit_to(kind: str, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("Ten words.", encoding="utf-8")
     tiny.checkpoint(tmp_path / "model", "llama")
-    more = {"iterations": 2} if kind == "tune" else {}
+    more: dict[str, Any] = {"tune": {"iterations": 2}, "distill": SHORT}.get(kind, {})
     report = quantize(tmp_path / "model", tmp_path / "out", type=kind, data={"files": [str(text)]}, **more)
     facts = report.steps[0].facts
     assert facts["calibration_rows"] == 1
@@ -434,9 +436,6 @@ def test_tuning_is_deterministic_and_seeded(tmp_path: Path, monkeypatch: pytest.
         quantize(LAB_MODEL, tmp_path / name, type="tune", iterations=24, seed=seed)
         found[name] = weights(tmp_path / name)
     assert found["a"] == found["b"] != found["c"]
-
-
-SHORT = {"iterations": 2, "steps": 8, "own_rows": 16}
 
 
 def test_training_is_told_and_leaves_tables_alone(tmp_path: Path) -> None:

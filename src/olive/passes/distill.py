@@ -97,8 +97,9 @@ class Distill(Tune, sources=("olive.passes.distill", "olive.quant.distill", "oli
         data = calibration_windows(self.data or DataSpec(), model).to(ctx.compute_device)
         length = data.shape[1]
         torch.manual_seed(ctx.seed)
-        places = torch.randint(data.numel() - PROMPT, (self.own_rows, 1), device=data.device)
-        prompts = data.flatten()[places + torch.arange(min(PROMPT, length - 1), device=data.device)]
+        prompt = min(PROMPT, length - 1)
+        places = torch.randint(data.numel() - prompt + 1, (self.own_rows, 1), device=data.device)
+        prompts = data.flatten()[places + torch.arange(prompt, device=data.device)]
         own = write_rows(teacher, prompts, length, lambda done: ctx.progress("write rows", done, self.own_rows))
         own, held = hold_back(model, own, "distill")
         return torch.cat([data, own]), held

@@ -76,11 +76,13 @@ def write_rows(model: Any, prompts: Tensor, length: int, tick: Tick = lambda _: 
     rows, shape = [], model.config.get_text_config()
     row_bytes = 2 * 4 * length * shape.num_hidden_layers * shape.hidden_size
     for part in prompts.split(max(1, CACHE[prompts.device.type] // row_bytes)):
+        # A cache that grows would take several times its size from the allocator.
         ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": 0}
+        cache = {"cache_implementation": "static", "disable_compile": True}
         plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
         new = length - part.shape[1]
         made = model.generate(
-            part, attention_mask=torch.ones_like(part), max_new_tokens=new, min_new_tokens=new, **plain, **ends
+            part, attention_mask=torch.ones_like(part), max_new_tokens=new, min_new_tokens=new, **plain, **ends, **cache
         )
         rows.append(made)
         tick(sum(map(len, rows)))
