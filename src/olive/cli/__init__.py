@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from typing import Any
 
@@ -54,18 +55,12 @@ def usage() -> str:
 
 def main(argv: list[str]) -> int:
     """Run one command; every error ends here, as a message and an exit code."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        print(__version__)
-        return 0
-    name = argv[0].replace("_", "-")
     try:
-        if name not in COMMANDS:
-            raise ConfigError(f"olive: unknown command {argv[0]!r}{did_you_mean(name, COMMANDS)}")
-        _refuse_namesake()
-        return _run(name, argv[1:])
+        try:
+            return _dispatch(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it is handled that nobody reads any more
     except OliveError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -86,6 +81,20 @@ def main(argv: list[str]) -> int:
         return 1
 
 
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name = argv[0].replace("_", "-")
+    if name not in COMMANDS:
+        raise ConfigError(f"olive: unknown command {argv[0]!r}{did_you_mean(name, COMMANDS)}")
+    _refuse_namesake()
+    return _run(name, argv[1:])
+
+
 def _run(name: str, argv: list[str]) -> int:
     from olive.cli.options import normalize, parse_arguments
 
@@ -93,6 +102,12 @@ def _run(name: str, argv: list[str]) -> int:
     args = parse_arguments(command.parser(f"olive {name}"), normalize(argv))
     args.command_line = shlex.join(["olive", name, *argv])
     _configure_logging(getattr(args, "log_level", 2))
+    os.environ["PYTHONSAFEPATH"] = "1"  # what we start must not import a types.py of the folder that we run in
+
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise ConfigError("no folder for temporary files can be written; set TMPDIR to one that can") from None
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
