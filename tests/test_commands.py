@@ -576,7 +576,7 @@ def test_a_machine_without_a_temporary_folder_is_told_what_to_set(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def none() -> str:
-        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+        raise FileNotFoundError(2, "No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "gettempdir", none)
     assert main(["passes"]) == 2
