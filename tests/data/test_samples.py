@@ -83,7 +83,7 @@ def test_chat_masks_all_but_the_last_answer(tmp_path: Path) -> None:
     [
         ({"text": "a"}, "needs a field 'messages'"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the last message must be the assistant's, got role 'user'"),
-        ({"messages": [{"role": "user"}]}, "list of {role, content}"),
+        ({"messages": [{"role": "user"}]}, "message 1 must hold role and content as text, got {'role': 'user'}"),
     ],
 )
 def test_chat_rows_that_do_not_fit_are_refused(tmp_path: Path, row: Any, said: str) -> None:
@@ -100,6 +100,13 @@ def test_an_answer_is_not_searched_for_where_a_template_ends_it(tmp_path: Path, 
     end = used.convert_tokens_to_ids("<|end|>")
     (sample,) = samples(_spec(tmp_path, [{"messages": messages}], use_chat_template=True), used, [end]).kept
     assert used.decode([token for token in sample.labels if token != MASKED]) == f"{answer}<|end|>"
+
+
+def test_an_empty_text_teaches_nothing(tmp_path: Path) -> None:
+    found = samples(_spec(tmp_path, [{"text": ""}, {"text": "a"}]), tokenizer("bytes"))
+    assert (len(found.kept), found.dropped) == (1, 1)
+    with pytest.raises(ConfigError, match="none of 1 rows has something to learn"):
+        samples(_spec(tmp_path, [{"text": ""}]), tokenizer("bytes"))
 
 
 def test_half_a_character_is_refused(tmp_path: Path) -> None:

@@ -113,11 +113,14 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
     if not tokenizer.chat_template:
         raise ConfigError("use_chat_template: this model's tokenizer has no chat template; give a text_template")
     messages = row.fields.get("messages")
-    if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
+    if not isinstance(messages, list) or not messages:
         has = ", ".join(row.fields) or "none"
         raise ConfigError(
             f"{row.where}: use_chat_template needs a field 'messages', a list of {{role, content}}; its fields: {has}"
         )
+    for number, message in enumerate(messages, 1):
+        if not _is_message(message):
+            raise ConfigError(f"{row.where}: message {number} must hold role and content as text, got {message!r:.80}")
     if messages[-1]["role"] != "assistant":
         raise ConfigError(f"{row.where}: the last message must be the assistant's, got role {messages[-1]['role']!r}")
     try:
