@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import yaml
 
 from olive.cli import main
 from olive.config import dump, load
+from olive.errors import ConfigError
 from olive.model import digests, read_manifest
 from olive.passes import PASSES
 from olive.schema import FILE
@@ -512,6 +514,20 @@ def test_an_interrupt_keeps_finished_steps_and_nothing_else(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
     assert quantize(LAB_MODEL, tmp_path / "out") == 0
     assert "rtn          cached" in capsys.readouterr().out
+
+
+def test_an_interrupt_stays_one_if_a_library_makes_an_error_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ConfigError("transformers cannot load this model: could not import module") from None
+        return 0
+
+    monkeypatch.setattr("olive.cli._run", run)
+    assert refusal(capsys, ["passes"], 130).startswith("interrupted;")
 
 
 def test_hub_ids_come_from_the_cache_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,9 +55,23 @@ def usage() -> str:
 
 def main(argv: list[str]) -> int:
     """Run one command; every error ends here, as a message and an exit code."""
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):  # clean up on termination as on Ctrl-C
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, stop)
         try:
             return _dispatch(argv)
+        except Exception as error:
+            if stopped:  # libraries that are being imported make errors of their own of it
+                raise KeyboardInterrupt from error
+            raise
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where it is handled that nobody reads any more
@@ -108,11 +122,6 @@ def _run(name: str, argv: list[str]) -> int:
         tempfile.gettempdir()
     except FileNotFoundError:
         raise ConfigError("no folder for temporary files can be written; set TMPDIR to one that can") from None
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)  # clean up on termination as on Ctrl-C
     return command.main(args)
 
 
