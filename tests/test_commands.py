@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ import yaml
 
 from olive.cli import main
 from olive.config import dump, load
+from olive.errors import ConfigError
 from olive.model import digests, read_manifest
 from olive.passes import PASSES
 from olive.schema import FILE
@@ -511,6 +516,20 @@ def test_an_interrupt_keeps_finished_steps_and_nothing_else(
     assert "rtn          cached" in capsys.readouterr().out
 
 
+def test_an_interrupt_stays_one_if_a_library_makes_an_error_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ConfigError("transformers cannot load this model: could not import module") from None
+        return 0
+
+    monkeypatch.setattr("olive.cli._run", run)
+    assert refusal(capsys, ["passes"], 130).startswith("interrupted;")
+
+
 def test_hub_ids_come_from_the_cache_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub, commit = tmp_path / "hub", "0" * 40
     repo = hub / "models--microsoft--Phi-3.5-mini-instruct"
@@ -537,6 +556,47 @@ def test_set_changes_what_the_file_says_and_plan_tells_it(tmp_path: Path, capsys
     assert (saved["seed"], saved["passes"][0]["bits"], saved["passes"][0]["group_size"]) == (3, 8, 64)
     assert "did you mean 'bits'" in refusal(capsys, ["run", str(file), "--set", "passes.rtn.bit=8"])
     assert "give a workflow file: olive plan workflow.yaml" in refusal(capsys, ["plan"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["passes"], ["schema"]])
+def test_a_reader_that_has_gone_is_no_error(words: list[str]) -> None:
+    ended = subprocess.Popen([sys.executable, "-m", "olive", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert ended.stdout is not None
+    ended.stdout.close()
+    assert ended.communicate()[1] == b""
+    assert ended.returncode == 1
+
+
+def test_output_is_written_in_letters_that_the_terminal_has(tmp_path: Path) -> None:
+    argv = ["quantize", "-m", str(LAB_MODEL), "-o", str(tmp_path / "\N{SNOWMAN}"), *QUICK]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    ended = subprocess.run([sys.executable, "-m", "olive", *argv], env=environment, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert rb"\u2603.report.html" in ended.stdout
+
+
+def test_a_command_runs_without_standard_error(tmp_path: Path) -> None:
+    argv = ["quantize", "-m", str(LAB_MODEL), "-o", str(tmp_path / "q"), *QUICK]
+    line = shlex.join([sys.executable, "-m", "olive", *argv]) + " 2>&-"
+    assert subprocess.run(line, shell=True, stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_a_file_of_the_users_is_not_taken_for_a_library_by_processes_that_are_started(tmp_path: Path) -> None:
+    (tmp_path / "types.py").write_text("raise SystemExit('the users file')")
+    argv = [sys.executable, "-P", "-m", "olive", "evaluate", str(LAB_MODEL), "--metrics", "peak_memory"]
+    ended = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_a_machine_without_a_temporary_folder_is_told_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    assert main(["passes"]) == 2
+    assert "set TMPDIR to one that can" in capsys.readouterr().err
 
 
 def test_passes_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:

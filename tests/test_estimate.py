@@ -92,6 +92,7 @@ def test_sizes_come_out_as_estimated(tmp_path: Path, steps: list[dict[str, Any]]
 def test_a_size_that_is_asked_for_is_the_size_that_is_told() -> None:
     by_size = after(pass_class("rtn")(target_size="6.5GB"), HUGE, CPU)
     assert by_size.size == pytest.approx(6.5e9)
+    assert after(pass_class("rtn")(target_size="900GB"), HUGE, CPU).size == HUGE.size  # no larger than it was
     by_bits = after(pass_class("rtn")(target_size="5.0bpw"), HUGE, CPU)
     assert by_bits.size == pytest.approx((HUGE.linear * 5 + HUGE.tables * 16) / 8)
 

@@ -158,7 +158,7 @@ def after(step: Pass, before: Weights, provider: str) -> Weights:
         floats = replace(before, linear_bits=0, table_bits=tables).stored()
         bits = step.bits + _overhead(step.bits, step.group_size)
         if step.target_size is not None:
-            bits = _target_bits(step.target_size, floats)
+            bits = min(_target_bits(step.target_size, floats), before.linear_bits)
         return replace(floats, linear_bits=bits).stored()
     if name in ("rotate", "dequantize"):
         untied = name == "rotate" and before.tied

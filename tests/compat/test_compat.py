@@ -13,6 +13,8 @@ import yaml
 
 from olive.cli import main
 from olive.compat import convert, is_foreign
+from olive.compat.data import data_sets
+from olive.compat.notes import Notes
 from olive.compat.passes import DONE_BY_DECODER, HINTS, ROUNDED_BY_DECODER, TYPES
 from olive.errors import ConfigError
 from olive.workflow import read_workflow
@@ -113,13 +115,14 @@ def test_training_keeps_its_data_its_options_and_their_defaults() -> None:
     made = convert(TUNED, "f")
     assert made.data["input_model"] == {"path": "owner/model", "trust_remote_code": True}
     assert made.data["data"] == {"rows": {
-        "name": "json", "files": ["rows.jsonl"], "split": "train[:70%]", "text_template": "Q: {prompt}\nA: {response}",
+        "name": "json", "files": ["rows.jsonl"], "text_template": "Q: {prompt}\nA: {response}",
         "max_samples": 64, "max_seq_len": 256}}  # fmt: skip
     lora, decoder = made.data["passes"]
     assert lora == {"type": "lora", "data": "rows", "rank": 8, "alpha": 16, "dropout": 0.05,
                     "training": {"per_device_train_batch_size": 4, "max_steps": 10, "logging_steps": 5}}  # fmt: skip
     assert decoder["type"] == "decoder"
     assert made.notes == (
+        "data_configs.0.split: local files are read whole; left out",
         "passes.qlora.training_args.output_dir: is decided here; left out",
         "passes.qlora.training_args.seed: is decided here; left out",
         "passes.qlora.training_args.evaluation_strategy: is decided here; left out",
@@ -141,6 +144,7 @@ def test_alternatives_and_lists_of_values_become_a_search() -> None:
     assert made.data["search"] == {"sampler": "tpe", "trials": 12, "order": "pass_by_pass"}
     assert made.data["seed"] == 3
     assert made.notes == (
+        "data_configs.0.split: local files are read whole; left out",
         "passes.round.nodes_to_exclude: has no counterpart; left out",
         "search_strategy.include_pass_params: has no counterpart; left out",
     )
@@ -167,6 +171,14 @@ def test_flows_systems_elsewhere_and_data_from_scripts_are_told() -> None:
         "systems.gpu.accelerators.0.execution_providers: only CUDAExecutionProvider is a target; left out: "
         "CPUExecutionProvider",
     )
+
+
+def test_files_by_split_are_those_of_the_split() -> None:
+    files = {"train": "a.jsonl", "test": ["b.jsonl"]}
+    load = {"data_name": "json", "data_files": files, "split": "test"}
+    assert data_sets([{"name": "d", "load_dataset_config": load}], Notes()) == {
+        "d": {"name": "json", "files": ["b.jsonl"]}
+    }
 
 
 def test_columns_become_a_template() -> None:

@@ -55,6 +55,19 @@ def test_csv_and_parquet_rows(tmp_path: Path) -> None:
         assert [dict(row.fields) for row in read] == [{"q": "a", "r": "c"}, {"q": "b", "r": "d"}]
 
 
+def test_csv_is_read_as_it_is_written(tmp_path: Path) -> None:
+    file = _file(tmp_path, '\ufeffq,r\r\n"a, b",007\r\nNA,None\r\n\r\nTrue,"1.50\n"\r\n,\r\n', "d.csv")
+    read = list(rows(DataSpec(name="csv", files=(file,))))
+    expected = [("a, b", "007"), ("NA", "None"), ("True", "1.50\n"), ("", "")]
+    assert [(row.fields["q"], row.fields["r"]) for row in read] == expected
+    assert read[2].where == f"{file}:6"
+
+
+def test_a_csv_row_of_another_length_is_named(tmp_path: Path) -> None:
+    file = _file(tmp_path, "q,r\nhow,well, thanks\n", "d.csv")
+    assert _refusal(DataSpec(name="csv", files=(file,))).startswith(f"{file}:2: 3 fields, but the first line names 2")
+
+
 def test_broken_line_names_file_and_line(tmp_path: Path) -> None:
     name = _file(tmp_path, '{"a": 1}\n{"a" 2}\n')
     message = _refusal(DataSpec(name="json", files=(name,)))
@@ -84,7 +97,8 @@ def test_broken_encoding_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["csv", "parquet"])
 def test_broken_table_is_named(tmp_path: Path, name: str) -> None:
     file = _file(tmp_path, 'a,b\n1,2\n"x\n', f"d.{name}")
-    assert _refusal(DataSpec(name=name, files=(file,))).startswith(f"{file}: cannot be read as {name}: ")
+    place = f"{file}:3" if name == "csv" else file
+    assert _refusal(DataSpec(name=name, files=(file,))).startswith(f"{place}: cannot be read as {name}: ")
 
 
 def test_unknown_dataset_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +119,8 @@ def test_unknown_dataset_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"name": "hub/set", "text_field": "a", "text_template": "{a}"}, "at most one of"),
         ({"text_template": "{a}"}, "plain text has no fields"),
         ({"name": "json"}, "reads local files"),
+        ({"name": "json", "files": ("a.json",), "split": "test"}, "split cannot apply"),
+        ({"name": "csv", "files": ("a.csv",), "subset": "en"}, "subset cannot apply"),
         ({"name": "hub/set", "text_template": "no field"}, "no {field} placeholder"),
         ({"name": "hub/set", "text_template": "{a"}, "literal brace"),
         ({"name": "hub/set", "text_template": "{a!r}"}, "not a plain field name"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers_by_kind import KINDS, tokenizer
+from tokenizers_by_kind import CHAT, KINDS, tokenizer
 
 from olive.data.render import generation_prompt
 from olive.data.samples import MASKED, Sample, collate, prompt_ids, samples, windows
@@ -82,13 +83,35 @@ def test_chat_masks_all_but_the_last_answer(tmp_path: Path) -> None:
     [
         ({"text": "a"}, "needs a field 'messages'"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the last message must be the assistant's, got role 'user'"),
-        ({"messages": [{"role": "user"}]}, "list of {role, content}"),
+        ({"messages": [{"role": "user"}]}, "message 1 must hold role and content as text, got {'role': 'user'}"),
     ],
 )
 def test_chat_rows_that_do_not_fit_are_refused(tmp_path: Path, row: Any, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         samples(_spec(tmp_path, [row], use_chat_template=True), tokenizer("bytes"))
     assert ":1: " in str(caught.value) and said in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", ["e", "end", "the last"])
+def test_an_answer_is_not_searched_for_where_a_template_ends_it(tmp_path: Path, answer: str) -> None:
+    used = copy.copy(tokenizer("bytes"))
+    used.chat_template = CHAT.replace("'<|assistant|>\n'", "'<|assistant|>\n<think>\n'")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    end = used.convert_tokens_to_ids("<|end|>")
+    (sample,) = samples(_spec(tmp_path, [{"messages": messages}], use_chat_template=True), used, [end]).kept
+    assert used.decode([token for token in sample.labels if token != MASKED]) == f"{answer}<|end|>"
+
+
+def test_an_empty_text_teaches_nothing(tmp_path: Path) -> None:
+    found = samples(_spec(tmp_path, [{"text": ""}, {"text": "a"}]), tokenizer("bytes"))
+    assert (len(found.kept), found.dropped) == (1, 1)
+    with pytest.raises(ConfigError, match="none of 1 rows has something to learn"):
+        samples(_spec(tmp_path, [{"text": ""}]), tokenizer("bytes"))
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r":1: its text holds '\\ud83d', half a character, at place 3"):
+        samples(_spec(tmp_path, [{"text": "hi \ud83d"}]), tokenizer("bytes"))
 
 
 def test_whole_text_is_learnt_without_a_prompt(tmp_path: Path) -> None:

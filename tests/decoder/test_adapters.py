@@ -140,6 +140,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"use_dora": True}, "use_dora"),
+        ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
         ({"bias": "lora_only"}, "bias 'lora_only'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),

@@ -110,6 +110,9 @@ def test_listing_the_pass_loads_no_tensor_library() -> None:
             r"training\.per_device_train_batch_size: .*at least 1, got 0",
         ),
         ({"training": {"gradient_accumulation_steps": 0}}, r"training\.gradient_accumulation_steps: .*at least 1"),
+        ({"training": {"max_steps": 0}}, r"training\.max_steps: should be above 0, .*got 0"),
+        ({"training": {"num_train_epochs": 0}}, r"training\.num_train_epochs: should be above 0, .*got 0"),
+        ({"training": {"use_liger_kernel": True, "max_steps": 1}}, r"training: .*liger-kernel.* is not available"),
         ({"training": {"learning_rate": -1, "max_steps": 1}}, r"training: Invalid learning rate: -1"),
         (
             {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 64}},

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from typing import Any
 
@@ -54,18 +55,26 @@ def usage() -> str:
 
 def main(argv: list[str]) -> int:
     """Run one command; every error ends here, as a message and an exit code."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        print(__version__)
-        return 0
-    name = argv[0].replace("_", "-")
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
     try:
-        if name not in COMMANDS:
-            raise ConfigError(f"olive: unknown command {argv[0]!r}{did_you_mean(name, COMMANDS)}")
-        _refuse_namesake()
-        return _run(name, argv[1:])
+        for number in (signal.SIGINT, signal.SIGTERM):  # clean up on termination as on Ctrl-C
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, stop)
+        try:
+            return _dispatch(argv)
+        except Exception as error:
+            if stopped:  # libraries that are being imported make errors of their own of it
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it is handled that nobody reads any more
     except OliveError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -86,6 +95,20 @@ def main(argv: list[str]) -> int:
         return 1
 
 
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name = argv[0].replace("_", "-")
+    if name not in COMMANDS:
+        raise ConfigError(f"olive: unknown command {argv[0]!r}{did_you_mean(name, COMMANDS)}")
+    _refuse_namesake()
+    return _run(name, argv[1:])
+
+
 def _run(name: str, argv: list[str]) -> int:
     from olive.cli.options import normalize, parse_arguments
 
@@ -93,11 +116,12 @@ def _run(name: str, argv: list[str]) -> int:
     args = parse_arguments(command.parser(f"olive {name}"), normalize(argv))
     args.command_line = shlex.join(["olive", name, *argv])
     _configure_logging(getattr(args, "log_level", 2))
+    os.environ["PYTHONSAFEPATH"] = "1"  # what we start must not import a types.py of the folder that we run in
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)  # clean up on termination as on Ctrl-C
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise ConfigError("no folder for temporary files can be written; set TMPDIR to one that can") from None
     return command.main(args)
 
 

@@ -242,7 +242,7 @@ def open_cache(args: argparse.Namespace, output: Path) -> Iterator[Cache]:
 @contextmanager
 def show_progress() -> Iterator[Any]:
     """Show a progress bar on a terminal; elsewhere log each stage once."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         seen: set[str] = set()
 
         def say(what: str, *_: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from olive.compat.notes import Notes, flat
+from olive.data.spec import FILE_READERS
 
 COMPONENTS = ("load_dataset_config", "pre_process_data_config", "post_process_data_config", "dataloader_config")
 NEEDLESS = ("add_special_tokens", "pad_to_max_len", "use_attention_mask", "batch_size", "strategy", "corpus_strategy",
@@ -48,10 +49,16 @@ def data_set(given: Any, place: str, notes: Notes) -> dict[str, Any] | None:
         if value is not None:
             found[ours] = value
     files = options.pop("data_files", None)
-    if isinstance(files, Mapping):
+    if isinstance(files, Mapping) and found.get("split", "train") in files:
+        files = files[found.pop("split", "train")]
+    elif isinstance(files, Mapping):
         files = [file for group in files.values() for file in (group if isinstance(group, list) else [group])]
     if files:
         found["files"] = files if isinstance(files, list) else [files]
+    if found.get("name") in FILE_READERS:
+        for part in ("subset", "split"):
+            if found.pop(part, "train") != "train":
+                notes.add(f"{place}.{part}", "local files are read whole; left out")
     columns = options.pop("text_cols", None)
     columns = [columns] if isinstance(columns, str) else columns
     if columns and "text_template" not in found and "text_field" not in found:

@@ -9,9 +9,23 @@ from olive.data.rows import Row
 from olive.data.spec import DataSpec, template_parts
 from olive.errors import ConfigError, did_you_mean
 
+MARK = "<olive answer>"
+"""Stands for an answer, to see what a chat template writes behind one."""
+
 
 def render(row: Row, spec: DataSpec, tokenizer: Any) -> tuple[str, str]:
     """Return a row's prompt, which may be empty, and what a model should say after it."""
+    prompt, answer = _parts(row, spec, tokenizer)
+    try:
+        (prompt + answer).encode()
+    except UnicodeEncodeError as error:  # JSON can say "\ud83d", the first half of an emoji
+        half = error.object[error.start]
+        raise ConfigError(f"{row.where}: its text holds {half!a}, half a character, at place {error.start}; mend or "
+                          "drop the row") from None  # fmt: skip
+    return prompt, answer
+
+
+def _parts(row: Row, spec: DataSpec, tokenizer: Any) -> tuple[str, str]:
     if spec.use_chat_template:
         return _chat(row, tokenizer)
     if spec.text_template is None:
@@ -99,11 +113,14 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
     if not tokenizer.chat_template:
         raise ConfigError("use_chat_template: this model's tokenizer has no chat template; give a text_template")
     messages = row.fields.get("messages")
-    if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
+    if not isinstance(messages, list) or not messages:
         has = ", ".join(row.fields) or "none"
         raise ConfigError(
             f"{row.where}: use_chat_template needs a field 'messages', a list of {{role, content}}; its fields: {has}"
         )
+    for number, message in enumerate(messages, 1):
+        if not _is_message(message):
+            raise ConfigError(f"{row.where}: message {number} must hold role and content as text, got {message!r:.80}")
     if messages[-1]["role"] != "assistant":
         raise ConfigError(f"{row.where}: the last message must be the assistant's, got role {messages[-1]['role']!r}")
     try:
@@ -114,9 +131,9 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
     if whole.startswith(prompt):
         return prompt, whole[len(prompt) :]
     # The template writes a finished turn otherwise than an open one (thinking blocks, for one): the answer follows
-    # what a model will be given when it is asked.
-    content = messages[-1]["content"].strip()
-    return prompt, whole[whole.rindex(content) :] if content in whole else content
+    # what a model will be given when it is asked. What ends it is not searched for the answer, which may be "e".
+    marked: str = tokenizer.apply_chat_template([*messages[:-1], messages[-1] | {"content": MARK}], tokenize=False)
+    return prompt, messages[-1]["content"].strip() + marked.rpartition(MARK)[2]
 
 
 def _is_message(message: Any) -> bool:

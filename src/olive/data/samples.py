@@ -31,7 +31,7 @@ class Sample:
 
 
 class Samples(NamedTuple):
-    """Training samples, and how many rows were dropped because truncation left nothing of their answer."""
+    """Training samples, and how many rows were dropped because nothing is to be learnt from what is left of them."""
 
     kept: list[Sample]
     dropped: int
@@ -85,14 +85,14 @@ def samples(spec: DataSpec, tokenizer: Any, eos_ids: Collection[int] = ()) -> Sa
         prompt_ids, answer_ids = split_ids(tokenizer, prompt, answer, special=not spec.use_chat_template)
         answer_ids = _end(answer_ids, ends, tokenizer)
         ids = (prompt_ids + answer_ids)[: spec.max_seq_len]
-        if len(ids) > len(prompt_ids):
+        if len(ids) > max(len(prompt_ids), 1):  # nothing predicts the first token, as the end of an empty text is
             kept.append(Sample(ids, [MASKED] * len(prompt_ids) + ids[len(prompt_ids) :]))
         else:
             dropped += 1
     if not kept:
         raise ConfigError(
-            f"{describe(spec)}: no answer begins within max_seq_len = {spec.max_seq_len} tokens, so that nothing is "
-            f"left of {dropped} rows; raise max_seq_len"
+            f"{describe(spec)}: none of {dropped} rows has something to learn within max_seq_len = {spec.max_seq_len} "
+            "tokens; raise max_seq_len, or look whether the rows are empty"
         )
     return Samples(kept, dropped)
 

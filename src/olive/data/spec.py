@@ -46,6 +46,9 @@ class DataSpec(Config):
             raise ValueError(f"plain text has no fields, so {given[0]} cannot apply; for JSON rows give name json")
         if self.name in FILE_READERS[1:] and not self.files:
             raise ValueError(f"name {self.name} reads local files; give them in files")
+        if self.name in FILE_READERS and (self.subset is not None or self.split != "train"):
+            part = "subset" if self.subset is not None else "split"
+            raise ValueError(f"name {self.name} reads local files whole, so {part} cannot apply; give the files of it")
         if self.text_template is not None:
             template_parts(self.text_template)
         return self

@@ -96,8 +96,8 @@ def layout(arch: Architecture, source: Source, *, stored: bool = False) -> Layou
     return Layout(frozenset(plain), packed, split, by_head, names.layer.partition("{}")[0])
 
 
-def placed(peft: Mapping[str, Lora], places: Layout) -> dict[str, Lora]:
-    """Bring an adapter to the modules of a layout: each gets one pair, whatever the adapter packs.
+def placed(peft: Mapping[str, Lora], places: Layout, where: str) -> dict[str, Lora]:
+    """Bring an adapter, read from ``where``, to the modules of a layout: each gets one pair, whatever it packs.
 
     In a packed module the A of the parts lie side by side and their B on the diagonal; a part that is not adapted
     adds no rank. A packed module of the adapter that the graph has apart gives its A to each.
@@ -105,12 +105,12 @@ def placed(peft: Mapping[str, Lora], places: Layout) -> dict[str, Lora]:
     found: dict[str, list[Lora]] = {}
     for module, lora in sorted(peft.items()):
         if module in places.split:
-            for own, b in _cut(module, lora.b, places.split[module]):
+            for own, b in _cut(module, lora.b, places.split[module], where):
                 found.setdefault(own, []).append(Lora(lora.a, b))
             continue
         owner = next((own for own, parts in places.packed.items() if module in parts), None)
         if owner is not None:
-            lora = Lora(lora.a, _widened(module, lora.b, places.packed[owner]))
+            lora = Lora(lora.a, _widened(module, lora.b, places.packed[owner], where))
         elif module in places.by_head:
             lora = Lora(lora.a, _by_kind(lora.b, places.by_head[module]))
         found.setdefault(owner or module, []).append(lora)
@@ -123,27 +123,29 @@ def placed(peft: Mapping[str, Lora], places: Layout) -> dict[str, Lora]:
     }
 
 
-def _cut(module: str, b: np.ndarray, parts: Mapping[str, int]) -> Iterator[tuple[str, np.ndarray]]:
+def _cut(module: str, b: np.ndarray, parts: Mapping[str, int], where: str) -> Iterator[tuple[str, np.ndarray]]:
     """Cut B [R, sum of N] of a packed module into those of its parts."""
-    _check_width(module, b, sum(parts.values()))
+    _check_width(module, b, sum(parts.values()), where)
     start = 0
     for name, n in parts.items():
         yield name, b[:, start : start + n]
         start += n
 
 
-def _widened(module: str, b: np.ndarray, parts: Mapping[str, int]) -> np.ndarray:
+def _widened(module: str, b: np.ndarray, parts: Mapping[str, int], where: str) -> np.ndarray:
     """Put B [R, N] of a part in its place among zeros: [R, sum of N]."""
-    _check_width(module, b, parts[module])
+    _check_width(module, b, parts[module], where)
     start = sum(n for name, n in list(parts.items())[: list(parts).index(module)])
     wide = np.zeros((len(b), sum(parts.values())), np.float32)
     wide[:, start : start + b.shape[1]] = b
     return wide
 
 
-def _check_width(module: str, b: np.ndarray, n: int) -> None:
+def _check_width(module: str, b: np.ndarray, n: int, where: str) -> None:
     if b.shape[1] != n:
-        raise ConfigError(f"adapter: {module}.lora_B.weight has {b.shape[1]} out channels, expected {n}")
+        name = f"{module}.lora_B.weight"
+        raise adapters.Misfit(f"{where}: {name} has {b.shape[1]} out channels, expected {n}; give the base that the "
+                              "adapter was trained on", name)  # fmt: skip
 
 
 def _by_kind(b: np.ndarray, heads: int) -> np.ndarray:
@@ -185,7 +187,7 @@ def converted(adapter: Path, graph: adapters.AdapterInputs) -> Converted:
     places = Layout(**graph.layout)
     own = read_peft(adapter, places.layers)
     tensors: dict[str, np.ndarray] = {}
-    for module, lora in placed(own, places).items():
+    for module, lora in placed(own, places, str(adapter)).items():
         tensors |= zip((module + suffix for suffix in adapters.SUFFIXES), (lora.a, lora.b), strict=True)
     adapters.check({name: tensor.shape for name, tensor in tensors.items()}, graph, str(adapter))
     with np.errstate(over="ignore"):

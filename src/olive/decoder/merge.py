@@ -23,7 +23,7 @@ class Merged:
         checkpoint = Checkpoint(self.folder)
         self._arch = families.read(checkpoint.config)
         places = lora.layout(self._arch, Source(checkpoint, self._arch), stored=True)
-        self._lora = lora.placed(read_peft(adapter, places.layers), places)
+        self._lora = lora.placed(read_peft(adapter, places.layers), places, str(adapter))
 
     def weight(self, name: str) -> Tensor:
         """Return a tensor by its parameter name."""

@@ -26,6 +26,7 @@ REFUSED = {
     "lora_bias": "a bias in LoRA", "layer_replication": "repeated layers",
     "trainable_token_indices": "trained tokens", "target_parameters": "bare parameters as targets",
     "alora_invocation_tokens": "activated LoRA", "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA",
 }  # fmt: skip
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to start an adapter that change the base weights too."""

@@ -90,5 +90,7 @@ def _label(row: Row, field: str, known: dict[str, int]) -> int:
         return value
     if value in known:
         return known[value]
+    if isinstance(value, str) and value.isdecimal():  # a table in a text file has no numbers
+        return int(value)
     names = ", ".join(known) or "none, so labels must be numbers"
     raise ConfigError(f"{row.where}: label {value!r} is not known; config.json names: {names}")

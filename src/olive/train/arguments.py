@@ -80,6 +80,9 @@ def training_arguments(options: Mapping[str, Any], work_dir: Path, hidden_size: 
     for name in COUNTS:
         if getattr(made, name) < 1:
             raise ConfigError(f"training.{name}: should be at least 1, got {getattr(made, name)}")
+    length = "num_train_epochs" if made.max_steps < 0 else "max_steps"
+    if not getattr(made, length) > 0:
+        raise ConfigError(f"training.{length}: should be above 0, lest nothing be learnt; got {getattr(made, length)}")
     return made
 
 

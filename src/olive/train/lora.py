@@ -87,7 +87,7 @@ def train(job: Job, adapter_dir: Path, progress: Callable[[str, int, int], None]
     trainer.remove_callback(transformers.PrinterCallback)  # it prints to the program's output
     try:
         trainer.train()
-    except ValueError as error:  # likewise: the optimizer and the data loader look at theirs only now
+    except (ValueError, ImportError) as error:  # likewise: the optimizer and the data loader look at theirs only now
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from error
     after = answer_loss(model, held_back, pad_id, batch_size)
     if not math.isfinite(after):
