@@ -48,7 +48,9 @@ def test_gpt2_whose_layers_hold_no_linear_modules_is_built_and_not_quantized(
     argv = ["-m", str(tmp_path / "hf"), "-o"]
     assert main(["auto-opt", *argv, str(tmp_path / "onnx"), "--max_kl", "1e-5"]) == 0
     assert main(["quantize", *argv, str(tmp_path / "q"), "--algorithm", "rtn"]) != 0
-    assert "no list of decoder layers with Linear modules" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no list of decoder layers with Linear modules" in said
+    assert "olive auto-opt --precision int4" in said
 
 
 def test_an_unknown_family_is_built_by_genai_and_said_so(

@@ -156,7 +156,8 @@ def decoder_layers(model: nn.Module, *, transposed: bool = False) -> tuple[str, 
         if lists:
             longest = max(lists.values(), key=len)
             return next((name, longest) for name, module in model.named_modules() if module is longest)
-    raise ConfigError(f"{type(model).__name__}: no list of decoder layers with Linear modules was found")
+    raise ConfigError(f"{type(model).__name__}: no list of decoder layers with Linear modules was found; those of "
+                      "Conv1D (GPT-2) are rounded by olive auto-opt --precision int4 alone")  # fmt: skip
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
