@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from olive.cli import main
-from olive.model import read_manifest
+from olive.evaluate.logits import checkpoint_logits
+from olive.model import Model, read_manifest
 from olive.quant.formats.checkpoint import Checkpoint
+from olive.runtime.torch_model import load
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -48,7 +51,9 @@ def test_gpt2_whose_layers_hold_no_linear_modules_is_built_and_not_quantized(
     argv = ["-m", str(tmp_path / "hf"), "-o"]
     assert main(["auto-opt", *argv, str(tmp_path / "onnx"), "--max_kl", "1e-5"]) == 0
     assert main(["quantize", *argv, str(tmp_path / "q"), "--algorithm", "rtn"]) != 0
-    assert "no list of decoder layers with Linear modules" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no list of decoder layers with Linear modules" in said
+    assert "olive auto-opt --precision int4" in said
 
 
 def test_an_unknown_family_is_built_by_genai_and_said_so(
@@ -62,3 +67,20 @@ def test_an_unknown_family_is_built_by_genai_and_said_so(
     report = json.loads((tmp_path / "onnx.report.json").read_text())
     assert report["steps"][0]["facts"]["engine"].startswith("genai")
     assert report["verification"]["kl_divergence"] < 1e-6
+
+
+def test_a_head_that_differs_from_tied_embeddings_is_the_one_that_counts(tmp_path: Path) -> None:
+    """transformers unties such a pair, whatever config.json says."""
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    ids = tiny.ids(20)
+    with torch.no_grad():
+        expected = load(tmp_path / "hf")(ids).logits
+    found = torch.cat(list(checkpoint_logits(Model("hf", tmp_path / "hf"), ids, "cpu")))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    argv = ["quantize", "-m", str(tmp_path / "hf"), "-o", str(tmp_path / "q"), "--algorithm", "rtn"]
+    assert main([*argv, "--precision", "int8", "--format", "olive", "--lm_head", "int8", "--max_kl", "0.01"]) == 0
+    quantized = Checkpoint(tmp_path / "q").quantized
+    assert "lm_head" in quantized
+    assert "model.embed_tokens" not in quantized

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,22 @@ def answers(model: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, caps
     assert main(["generate", "-m", str(model), "--interactive", "--max_new_tokens", "4", *argv]) == 0
     out, err = capsys.readouterr()
     return [text.removesuffix("\n") for text in out.split("> ")[1:]], err
+
+
+def test_a_model_without_a_chat_template_is_told_how_to_be_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    file = tmp_path / "hf" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["chat_template"]
+    file.write_text(json.dumps(config))
+    build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())
+    argv = ["generate", "-m", str(tmp_path / "onnx"), "--prompt", "hello", "--max_new_tokens", "4"]
+    assert main(argv) == 2
+    assert "no usable chat template" in (said := capsys.readouterr().err)
+    assert "--raw" in said
+    assert main([*argv, "--raw"]) == 0
 
 
 def test_a_chat_gives_the_model_all_that_was_said(

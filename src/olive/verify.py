@@ -97,7 +97,7 @@ def check_tokenizer(model: Model, source: Model, *, strict: bool) -> dict[str, A
     found = compare(load_tokenizer(source.path, source.trust_remote_code), model.path)
     if strict and found.differences:
         raise VerifyError(
-            f"{model.path / 'tokenizer.json'}: {found.differences[0]}; the model would get other tokens than it was "
+            f"{model.name}: tokenizer.json: {found.differences[0]}; the model would get other tokens than it was "
             "trained on; --verify_tokenizer any accepts that, if the program that runs the model reads text itself"
         )
     for note in (*found.differences, *found.notes):

@@ -106,7 +106,7 @@ def test_a_model_that_genai_would_read_otherwise_is_refused(tmp_path: Path, caps
     argv = ["auto-opt", "-m", str(tmp_path / "hf"), "-o", str(tmp_path / "onnx")]
     assert main(argv) == 3
     said = capsys.readouterr().err
-    assert "tokenizer.json: GenAI reads 2 of 10 texts otherwise than tokenizer.json, the first" in said
+    assert "decoder: tokenizer.json: GenAI reads 2 of 10 texts otherwise than tokenizer.json, the first" in said
     assert "--verify_tokenizer any accepts that" in said
     assert not (tmp_path / "onnx").exists()
     assert main([*argv, "--verify_tokenizer", "any"]) == 0

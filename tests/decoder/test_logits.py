@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from olive.decoder import rope
@@ -160,6 +161,22 @@ def test_logits_where_config_json_says_it_another_way(case: str, tmp_path: Path)
     ids = tiny.ids(80)
     given = OnnxDecoder(tmp_path / "onnx", 1).logits(ids.numpy())
     assert np.abs(given - expected(model.eval(), ids)).max() < BOUND
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_tied_pair_that_is_stored_under_the_name_of_the_head(family: str, tmp_path: Path) -> None:
+    """safetensors' own save_model keeps the first of two names."""
+    model = tiny.checkpoint(tmp_path / "hf", family, tie_word_embeddings=True)
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop(
+        "model.embed_tokens.weight" if family == "llama" else "transformer.wte.weight"
+    )
+    save_file(tensors, file, metadata={"format": "pt"})
+    build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", Options())
+    ids = tiny.ids(20)
+    given = OnnxDecoder(tmp_path / "onnx", 1).logits(ids.numpy())
+    assert np.abs(given - expected(model, ids)).max() < BOUND
 
 
 PHI35 = {  # the numbers of Phi-3.5-mini-instruct that decide on positions; 4 of its 32 heads

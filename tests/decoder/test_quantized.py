@@ -19,7 +19,7 @@ from olive.decoder import weights
 from olive.decoder.build import build
 from olive.decoder.options import Options
 from olive.errors import ConfigError
-from olive.quant.affine import QuantizedWeight, pack_bytes, round_to_nearest
+from olive.quant.affine import QuantizedWeight, fitting_group, pack_bytes, round_to_nearest
 from olive.quant.formats.checkpoint import Checkpoint
 from olive.runtime.session import OnnxDecoder
 from quantized import EMBEDDINGS, HEAD, dequantized, quantize
@@ -198,6 +198,32 @@ def test_experts_stay_float_together_and_are_reported(hidden_size: int, inner: i
     assert len(experts) == 2 * 6 * 3
     assert {facts["bits"][name] for name in experts} == {"float"}
     assert experts <= set(facts["fallbacks"])
+
+
+def test_experts_are_rounded_in_groups_that_divide_both_their_widths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from decoder.test_every_family import linears
+
+    monkeypatch.setenv("ORT_QMOE_CPU_QNBIT_GEMM", "fp32")
+    model = tiny.checkpoint(tmp_path / "hf", "qwen3_moe", hidden_size=128, moe_intermediate_size=96)
+    options = Options("int4", group_size=128, lm_head="float", embeddings="float", accuracy_level=0)
+    facts = build(Checkpoint(tmp_path / "hf"), tmp_path / "onnx", options)
+    assert {bits for name, bits in facts["bits"].items() if ".experts." in name} == {4}
+    for name, weight in linears(model):
+        size = 32 if ".experts." in name else fitting_group(weight.shape[1], 128)
+        assert size is not None
+        weight.copy_(round_to_nearest(weight.contiguous(), 4, size, symmetric=False).dequantize())
+    ids = tiny.ids(40)
+    with torch.no_grad():
+        assert (logits(tmp_path / "onnx", ids) - model(ids).logits).abs().max() < 1e-3
+
+
+def test_experts_that_are_stored_in_different_groups_are_told_with_what_would_do(tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "hf", "qwen3_moe", hidden_size=128, moe_intermediate_size=96)
+    quantize(tmp_path / "hf", tmp_path / "q", "gptq", 4, 128, symmetric=False)
+    with pytest.raises(ConfigError, match=r"have 4 bits by 128, 4 bits by 32; .* group size that divides 128 and 96 "):
+        build(Checkpoint(tmp_path / "q"), tmp_path / "onnx", EXACT)
 
 
 @pytest.mark.parametrize(("family", "router"), [("qwen3_moe", "mlp.gate"), ("mixtral", "block_sparse_moe.gate")])

@@ -361,6 +361,21 @@ def test_a_config_that_calls_float_weights_quantized_is_refused(tmp_path: Path, 
         Checkpoint(tmp_path / "out")
 
 
+@pytest.mark.parametrize("method", FORMATS)
+def test_integers_that_config_json_does_not_tell_of_are_not_taken_for_missing_weights(
+    tmp_path: Path, method: str
+) -> None:
+    """As AutoGPTQ and AutoAWQ wrote them in 2023, and compressed-tensors at first under another name."""
+    tiny.checkpoint(tmp_path / "hf", "llama")
+    quantized.quantize(tmp_path / "hf", tmp_path / "q", method, 4, 32, symmetric=True)
+    file = tmp_path / "q" / "config.json"
+    config = json.loads(file.read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"holds packed integers, but config\.json has no quantization_config; "):
+        Checkpoint(tmp_path / "q")
+
+
 def test_gptq_v2_is_known_by_either_name(tmp_path: Path) -> None:
     """transformers 5 and GPTQModel say ``format`` where they once said ``checkpoint_format``."""
     write(tmp_path, "gptq")

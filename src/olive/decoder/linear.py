@@ -92,8 +92,11 @@ class Linears:
             self.done(module)
         return self._adapter(x, y, name, parts) if name in self.adapted else y
 
-    def part(self, module: str, bits: int | None, *, recorded_as: str = "") -> Part:
-        """Decide how a module stands in the graph: by its integers, else rounded to ``bits``, else as it is."""
+    def part(self, module: str, bits: int | None, *, recorded_as: str = "", group_size: int | None = None) -> Part:
+        """Decide how a module stands in the graph: by its integers, else rounded to ``bits``, else as it is.
+
+        ``group_size``: asked for in place of that of the options.
+        """
         name, (n, k) = recorded_as or module, self.source.shape(module)
         if module in self.source.quantized:
             stored = self.source.quantized_weight(module)
@@ -103,7 +106,7 @@ class Linears:
                 return Part(module, n, k, held=stored)
             self.bits[name] = held.bits
             return Part(module, n, k, held.bits, held.group_size, held=held)
-        size = fitting_group(k, self.options.group_size)
+        size = fitting_group(k, group_size or self.options.group_size)
         block = size and weights.block_size(size)
         if bits is None:
             self.bits[name] = "float"

@@ -5,6 +5,7 @@ Shape letters: B batch, T tokens, K channels, E experts, I inner channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from olive.decoder.architecture import Activation, Architecture, Experts
 from olive.decoder.graph import Graph
 from olive.decoder.linear import Linears, Part
 from olive.errors import ConfigError
-from olive.quant.affine import concatenate
+from olive.quant.affine import concatenate, fitting_group
 
 
 def mlp(linears: Linears, arch: Architecture, layer: int, x: ir.Value) -> ir.Value:
@@ -64,7 +65,10 @@ def _experts(linears: Linears, arch: Architecture, experts: Experts, layer: int,
     scores = graph.op("Reshape", [scores, flat], f"{router}.Flat")  # [B, T, E] -> [B * T, E]
     names = [[prefix + name.format(i) for i in range(experts.count)] for name in
              (experts.gate, experts.up, experts.down)]  # fmt: skip
-    gates, ups, downs = ([linears.part(module, linears.options.layer_bits) for module in row] for row in names)
+    options = linears.options
+    channels = math.gcd(*(linears.source.shape(row[0])[1] for row in names))
+    size = fitting_group(channels, options.group_size)  # one for all: the operator takes no other
+    gates, ups, downs = ([linears.part(m, options.layer_bits, group_size=size) for m in row] for row in names)
     every = (*gates, *ups, *downs)
     name = (prefix + experts.down).partition(".{}")[0]
     attributes = {"k": experts.chosen, "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0,
@@ -109,11 +113,12 @@ def _integer_experts(
     tokens: tuple[ir.Value, ir.Value],
 ) -> ir.Value:
     gates, ups, downs = parts
-    kinds = {(part.bits, part.block) for part in (*gates, *ups, *downs)}
+    e, (inner, k) = len(gates), (gates[0].n, gates[0].k)
+    kinds = {f"{p.bits} bits by {p.block}" if p.bits else "float" for p in (*gates, *ups, *downs)}
     if len(kinds) > 1:
         raise ConfigError(f"{name}: the experts of a layer must have the same bits and group size, but have "
-                          f"{sorted(map(str, kinds))}")  # fmt: skip
-    e, (inner, k) = len(gates), (gates[0].n, gates[0].k)
+                          f"{', '.join(sorted(kinds))}; quantize them again, with a group size that divides {k} and "
+                          f"{inner} channels; precision and group_size here are for those that are float")  # fmt: skip
 
     def whole(part: Part) -> weights.QuantizedWeight:
         return concatenate([job() for job in linears.integers(part)])

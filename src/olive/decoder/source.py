@@ -40,6 +40,10 @@ class Source:
         self.folder = checkpoint.folder
         names = [*checkpoint.float_names, *checkpoint.quantized]
         self._stored = _renamed(names, arch)
+        head, table = arch.names.head, arch.names.embeddings
+        if arch.tied and not {table, f"{table}.weight"} & self._stored.keys():  # a tied pair is kept under either name
+            self._stored = {table + name.removeprefix(head) if name.split(".")[0] == head else name: stored
+                            for name, stored in self._stored.items()}  # fmt: skip
         self._experts = _fused_experts(self._stored, checkpoint, arch)
         self.quantized = frozenset(own for own, name in self._stored.items() if name in set(checkpoint.quantized))
         self.left_out = sorted(set(names) - set(self._stored.values()))

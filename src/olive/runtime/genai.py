@@ -122,7 +122,8 @@ class Generator:
         try:
             text = self.tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
         except RuntimeError as error:
-            raise ConfigError(f"{self.folder}: no usable chat template: {error}; pass the whole prompt") from None
+            raise ConfigError(f"{self.folder}: no usable chat template: {str(error).rstrip('.')}; give text to go on "
+                              "from, as olive generate --raw does") from None  # fmt: skip
         return self._ids(text, special="false")  # templates write such tokens themselves
 
     def encode(self, prompt: str, *, chat: bool = False) -> list[int]:

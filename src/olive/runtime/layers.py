@@ -156,7 +156,8 @@ def decoder_layers(model: nn.Module, *, transposed: bool = False) -> tuple[str, 
         if lists:
             longest = max(lists.values(), key=len)
             return next((name, longest) for name, module in model.named_modules() if module is longest)
-    raise ConfigError(f"{type(model).__name__}: no list of decoder layers with Linear modules was found")
+    raise ConfigError(f"{type(model).__name__}: no list of decoder layers with Linear modules was found; those of "
+                      "Conv1D (GPT-2) are rounded by olive auto-opt --precision int4 alone")  # fmt: skip
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -226,10 +227,27 @@ class LoadedTensors:
 
 def open_tensors(folder: Path, model: Any, *, trust_remote_code: bool = False) -> Checkpoint | LoadedTensors:
     """Open a checkpoint for streaming under the names of ``model``, built by :func:`skeleton`; where transformers has
-    to compute some of its tensors, load it whole."""
+    to compute some of its tensors, load it whole. The model is tied if the checkpoint is."""
+    model.tie_weights()
+    tensors = _open(folder, model, trust_remote_code=trust_remote_code)
+    _untie(model, tensors)
+    return tensors
+
+
+def _untie(model: Any, tensors: Tensors) -> None:
+    """A config may say tied over two tables that differ; then, as in transformers, they are not."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not table.weight:
+        return
+    names = [f"{name}.weight" for end in (head, table) for name, module in model.named_modules() if module is end]
+    if all(name in tensors for name in names) and not torch.equal(*(tensors.weight(name) for name in names)):
+        model.config.tie_word_embeddings = False
+        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+
+
+def _open(folder: Path, model: Any, *, trust_remote_code: bool) -> Checkpoint | LoadedTensors:
     if find(folder):
         checkpoint = Checkpoint(folder)
-        model.tie_weights()
         if checkpoint.method is not None and all(name in checkpoint for name, _ in model.named_parameters()):
             return checkpoint
         experts = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]

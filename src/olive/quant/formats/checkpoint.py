@@ -18,6 +18,7 @@ from olive.quant.formats.shards import Shards, find
 
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Ends of names of tensors that older checkpoints hold and nobody reads."""
+CODES = {layout.PARTS[0] for layout in FORMATS.values()}
 
 
 class Checkpoint:
@@ -48,6 +49,11 @@ class Checkpoint:
         if parts and not self.quantized:
             raise ConfigError(f"{folder}: quantized as {method!r} by config.json, but no tensor is named *.{parts[0]}; "
                               "fetch the checkpoint again")  # fmt: skip
+        if not self.settings and (found := next((n for n in self.tensors if n.rpartition(".")[2] in CODES), None)):
+            raise ConfigError(f"{folder}: tensor {found} holds packed integers, but config.json has no "
+                              "quantization_config; older tools wrote it as compression_config or to a file of its own "
+                              "(quantize_config.json, quant_config.json): put it into config.json, with quant_method "
+                              f"as one of {', '.join(FORMATS)}")  # fmt: skip
         self._quantized = frozenset(self.quantized)  # a model of experts has thousands
         packed = {f"{module}.{part}" for module in self.quantized for part in parts}
         self.float_names = [name for name in self.tensors if name not in packed]
