@@ -539,6 +539,13 @@ def test_set_changes_what_the_file_says_and_plan_tells_it(tmp_path: Path, capsys
     assert "give a workflow file: olive plan workflow.yaml" in refusal(capsys, ["plan"])
 
 
+def test_a_plan_has_no_line_for_options_of_a_pass_that_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["dequantize", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out"), "--dry_run"]) == 0
+    assert all(line.strip() for line in capsys.readouterr().out.splitlines())
+
+
 def test_passes_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["passes"]) == 0
     told = capsys.readouterr().out
