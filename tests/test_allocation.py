@@ -207,6 +207,7 @@ def test_the_report_tells_what_was_chosen(llama: Path, tmp_path: Path) -> None:
         ({"target_size": "2GB", "kl_budget": 0.1}, "give one of them"),
         ({"target_size": "2GB", "format": "awq"}, "the awq layout has one setting for all layers; use format gptq"),
         ({"sensitivities": "x"}, "they serve a budget; give target_size or kl_budget too"),
+        ({"size_of": "runtime"}, "it says what a budget counts; give target_size or kl_budget too"),
         ({}, "this quantizer uses none without target_size or kl_budget"),
         ({"target_size": "400kB"}, r"target_size 400kB: the smallest settings take 0.\d+MB with all that stays float"),
         ({"target_size": "2bpw"}, r"target_size 2bpw: the smallest settings take 2.\d+bpw; give that or more"),

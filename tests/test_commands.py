@@ -599,6 +599,22 @@ def test_a_machine_without_a_temporary_folder_is_told_what_to_set(
     assert "set TMPDIR to one that can" in capsys.readouterr().err
 
 
+def test_a_plan_has_no_line_for_options_of_a_pass_that_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["dequantize", "-m", str(LAB_MODEL), "-o", str(tmp_path / "out"), "--dry_run"]) == 0
+    assert all(line.strip() for line in capsys.readouterr().out.splitlines())
+
+
+def test_help_tells_a_default_of_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Seed of everything random. Default: 0." in told
+    assert "before the update. Default: 0.0." in told
+    assert "Run Python code that comes with the model. -t" in told  # a switch is off by default, as all are
+
+
 def test_passes_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["passes"]) == 0
     told = capsys.readouterr().out

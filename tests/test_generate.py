@@ -92,3 +92,18 @@ def test_a_line_that_is_too_long_does_not_end_a_chat(
     found, told = answers(model, ["x " * 5000, "hello"], monkeypatch, capsys)
     assert found == ["", first, ""]
     assert "error: " in told and "prompt tokens and 4 new ones" in told
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--interactive", "-p", "hi"], "--prompt: would not count beside --interactive; drop one of the two"),
+        (["--interactive", "--raw"], "--raw: would not count beside --interactive"),
+        (["--no_adapter", "--adapter", "a=nothing"], "--adapter: would not count beside --no_adapter"),
+    ],
+)
+def test_flags_that_would_not_count_are_refused(
+    argv: list[str], said: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "-m", str(model), *argv]) == 2
+    assert said in capsys.readouterr().err

@@ -228,13 +228,14 @@ PARTS = {"pass": "rtn", "options": {"bits": 4, "overrides": {"*.o_proj": "8"}}, 
 def test_differences_name_each_part_once() -> None:
     other = json.loads(json.dumps(PARTS))
     assert differences(PARTS, other) == []
-    other["options"] = {"bits": 8, "overrides": {}}
+    other["options"] = {"bits": 8, "overrides": {}, "text_template": "{a}\n{b}"}
     other["versions"]["torch"] = "2.2"
     other["code"]["olive.quant.affine"] = other["input"] = other["data"]["x"] = "4" * 64
     assert [str(difference) for difference in differences(PARTS, other)] == [
         "options.bits is 4, there 8",
         "options.overrides is not given, there none",
         "options.overrides.*.o_proj is 8, there not given",
+        'options.text_template is not given, there "{a}\\n{b}"',
         "the contents of data.x differ",
         "the input differs",
         "versions.torch is 2.1, there 2.2",

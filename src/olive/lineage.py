@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,8 @@ def _say(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str) and not value.isprintable():  # a template has line breaks, and this is one line
+        return json.dumps(value, ensure_ascii=False)
     return _short(value) if isinstance(value, str) and len(value) == 64 else str(value)
 
 

@@ -103,6 +103,11 @@ def test_a_function_is_measured_too(pair: Pair, tmp_path: Path, capsys: pytest.C
         (["--against_adapter", "x"], "--against_adapter: is for the model that --against names"),
         (["--against", "no/such/folder"], "no/such/folder: no such model folder"),
         (["--metrics", "latency_p50", "--dims", "batch"], "--dims batch: give PATTERN=VALUE"),
+        (["--limit", "5"], "--limit: nothing that is measured (quality, size) takes it; drop it"),
+        (
+            ["--metrics", "size_on_disk", "--max_samples", "5"],
+            "--max_samples: nothing that is measured (size) takes it",
+        ),
         (["--limit", "0", "--tasks", "x"], "lm_eval: limit: input should be greater than or equal to 1"),
     ],
 )

@@ -118,7 +118,11 @@ def test_listing_the_pass_loads_no_tensor_library() -> None:
             {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 64}},
             r"training\.dataloader_drop_last: 29 rows do not fill one batch of 64",
         ),
-        ({"target_modules": ("nosuch",)}, r"target_modules .*nosuch"),
+        (
+            {"target_modules": ("q_proj", "nosuch")},
+            r"target_modules 'nosuch': no layer's name ends so; linear layers: down_proj, .*, q_proj, up_proj, v_proj",
+        ),
+        ({"target_modules": "nosuch"}, r"target_modules .*nosuch"),
     ],
 )
 def test_wrong_options_are_refused(options: dict, said: str, float_base: Path, rows_file: Path, tmp_path: Path) -> None:

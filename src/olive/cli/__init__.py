@@ -20,7 +20,7 @@ from olive import __version__
 from olive.errors import ConfigError, OliveError, did_you_mean
 
 COMMANDS = {
-    "quantize": ("olive.cli.quantize", "quantize the weights of a checkpoint (rtn, awq, gptq)"),
+    "quantize": ("olive.cli.quantize", "quantize the weights of a checkpoint to 2 to 8 bits"),
     "finetune": ("olive.cli.finetune", "train a LoRA adapter on a float or quantized checkpoint"),
     "auto-opt": ("olive.cli.auto_opt", "turn a checkpoint, with adapters, into an optimized ONNX model"),
     "optimize": ("olive.cli.auto_opt", "the same as auto-opt"),

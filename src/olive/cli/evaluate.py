@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olive.cli.comparison import Column, as_data, show, table
-from olive.cli.options import Parser, add_data, add_fields, given, read_data
+from olive.cli.options import DATA, Parser, add_data, add_fields, given, read_data
 from olive.cli.run import add_log_level
 from olive.errors import ConfigError, did_you_mean
 from olive.model import open_model
@@ -40,7 +40,8 @@ def parser(prog: str) -> Parser:
     own.add_argument("model", nargs="?", metavar="MODEL", help="Folder or Hugging Face id of the model.")
     own.add_argument("-m", "--model_name_or_path", metavar="MODEL", help="The model, as a flag.")
     own.add_argument("--against", metavar="OTHER", help="The model to compare with, usually the float one.")
-    own.add_argument("--adapter", metavar="NAME", help="Adapter that the model uses: a name, file or folder.")
+    own.add_argument("--adapter", metavar="NAME", help="Adapter that the model uses: a name, file or folder. "
+                     "Without it the base alone is measured, also of a folder with an adapter.")  # fmt: skip
     own.add_argument("--against_adapter", metavar="NAME", help="Adapter that the other model uses.")
     own.add_argument(
         "--metrics",
@@ -129,7 +130,21 @@ def _evaluators(args: argparse.Namespace, *, against: bool) -> tuple[list[str], 
         wanted = [name for name in asked if name in evaluator_class(kind).names]
         if wanted:
             found.append(_evaluator(kind, wanted, args, against=against))
+    _check_used(args, found + own)
     return [*asked, *(name for evaluator in own for name in evaluator.metrics())], found + own
+
+
+def _check_used(args: argparse.Namespace, evaluators: Sequence[Evaluator]) -> None:
+    """Refuse a flag that nothing which is measured takes: the figures would look as if it counted."""
+    from olive.evaluate.evaluators import evaluator_name
+
+    taken = {field for evaluator in evaluators for field in type(evaluator).model_fields}
+    flags = dict.fromkeys([*HARNESS, *ACCURACY, *SPEED, "dims", "direction"])
+    unused = [flag for flag in flags if hasattr(args, flag) and flag not in taken]
+    unused += [flag for flag in DATA.values() if hasattr(args, flag) and "data" not in taken]
+    if unused:
+        names = ", ".join(evaluator_name(evaluator) for evaluator in evaluators)
+        raise ConfigError(f"--{unused[0]}: nothing that is measured ({names}) takes it; drop it, or ask for what does")
 
 
 def _evaluator(kind: str, wanted: list[str], args: argparse.Namespace, *, against: bool) -> Evaluator:

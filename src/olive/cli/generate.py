@@ -32,7 +32,7 @@ def parser(prog: str) -> Parser:
         help="An .onnx_adapter file (repeatable); without it the folder's own adapter is used.",
     )
     own.add_argument("--no_adapter", action="store_true", help="Use the base model alone.")
-    own.add_argument("--use", metavar="NAME", help="The adapter that answers first, if several are given.")
+    own.add_argument("--use", metavar="NAME", help="The adapter that answers first; by default the first one.")
     own.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="Longest answer. Default: 256.")
     add_log_level(own)
     return own
@@ -44,6 +44,9 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("olive generate: --model_name_or_path (-m) is required")
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens {args.max_new_tokens}: give at least 1")
+    for way, without in (("interactive", "prompt"), ("interactive", "raw"), ("no_adapter", "adapter")):
+        if hasattr(args, way) and hasattr(args, without):
+            raise ConfigError(f"--{without}: would not count beside --{way}; drop one of the two")
     model = open_model(Path(args.model_name_or_path))
     if model.kind != "onnx":
         raise ConfigError(f"{model.path}: is not an ONNX model; turn it into one with olive auto-opt first")

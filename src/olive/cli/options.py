@@ -69,7 +69,7 @@ def add_fields(
     for name, flag in flags.items():
         field = config.model_fields[name]
         text = re.sub(r"\s+", " ", field.description or "").replace("%", "%%")
-        told = isinstance(field.default, (str, int, float)) and field.default not in ("", False)
+        told = isinstance(field.default, (str, int, float)) and field.default != "" and field.default is not False
         if told and name not in without_default:
             text += f" Default: {field.default}."
         spelled = [*SHORT.get(flag, ()), f"--{flag}"]

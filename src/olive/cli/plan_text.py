@@ -23,7 +23,8 @@ def lines(plan: Plan, cache: Cache) -> Iterator[str]:
     for step in plan.steps:
         yield f"{'cached' if step.cached else 'run':<10} {step.name} ({step.key[:12]}): {_reason(step, found)}"
         options = ", ".join(f"{k}={v}" for k, v in step.work.model_dump(mode="json", exclude_none=True).items())
-        yield f"{'':<10} {options}"
+        if options:
+            yield f"{'':<10} {options}"
         if step.need is not None:
             yield f"{'':<10} {_needs(step.need)}"
     yield f"verify     {plan.workflow.verify.level}"

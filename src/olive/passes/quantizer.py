@@ -114,6 +114,8 @@ class Quantizer(
             )
         if self.sensitivities is not None and not given:
             raise ValueError("sensitivities: they serve a budget; give target_size or kl_budget too")
+        if self.size_of != "checkpoint" and not given:
+            raise ValueError("size_of: it says what a budget counts; give target_size or kl_budget too")
         if self.data is not None and not given and not self.fitted:
             raise ValueError("data: this quantizer uses none without target_size or kl_budget; drop it or give one")
         return self

@@ -10,17 +10,17 @@ from typing import Any, NoReturn
 from olive.errors import ConfigError, did_you_mean
 
 OURS = {
-    "output_dir": "the output path of the command",
-    "seed": "the seed of the workflow",
-    "data_seed": "the seed of the workflow",
-    "use_cpu": "compute_device",
-    "push_to_hub": "none: upload the finished folder",
-    "resume_from_checkpoint": "none: training starts from the beginning",
-    "eval_strategy": "none: rows that are held back are measured before and after",
-    "eval_on_start": "none: rows that are held back are measured before and after",
-    "load_best_model_at_end": "none: the last step is what is kept",
+    "output_dir": "set by the output path of the command",
+    "seed": "set by the seed of the workflow",
+    "data_seed": "set by the seed of the workflow",
+    "use_cpu": "set by compute_device",
+    "push_to_hub": "upload the finished folder",
+    "resume_from_checkpoint": "training starts from the beginning",
+    "eval_strategy": "rows that are held back are measured before and after",
+    "eval_on_start": "rows that are held back are measured before and after",
+    "load_best_model_at_end": "the last step is what is kept",
 }
-"""Options of the trainer that something else of ours sets, and what."""
+"""Options of the trainer that are refused, and what is in their place."""
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
@@ -46,7 +46,7 @@ def training_arguments(options: Mapping[str, Any], work_dir: Path, hidden_size: 
     names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in options:
         if name in OURS:
-            raise ConfigError(f"training.{name}: not an option here; it is set by {OURS[name]}")
+            raise ConfigError(f"training.{name}: not an option here; {OURS[name]}")
         if name not in names:
             raise ConfigError(f"training.{name}: unknown option of transformers.TrainingArguments{_near(name, names)}")
     scalars = {name: value for name, value in options.items() if isinstance(value, str | bool | int | float)}

@@ -121,11 +121,17 @@ def attach(base: Any, job: Job) -> Any:
     """Put fresh LoRA layers on the model's linear layers; everything else is frozen."""
     import peft
 
+    modules = _linears(base) if job.target_modules == "all-linear" else job.target_modules
+    names = [f".{name}" for name, _ in base.named_modules()]
+    for wanted in modules if isinstance(modules, list) else ():  # PEFT passes over one that fits nothing
+        if not any(name.endswith(f".{wanted}") for name in names):
+            ends = sorted({name.rpartition(".")[2] for name in _linears(base)})
+            raise ConfigError(f"target_modules {wanted!r}: no layer's name ends so; linear layers: {', '.join(ends)}")
     config = peft.LoraConfig(
         r=job.rank,
         lora_alpha=job.alpha,
         lora_dropout=job.dropout,
-        target_modules=_linears(base) if job.target_modules == "all-linear" else job.target_modules,
+        target_modules=modules,
         task_type="CAUSAL_LM",
     )
     base.config.use_cache = False
