@@ -129,7 +129,7 @@ def test_a_threshold_itself_is_good_enough() -> None:
 
 def test_objectives_are_in_the_order_of_their_priority_and_all_minimized() -> None:
     order = judge("size minimal", {"metric": "speed", "maximize": True, "priority": 1}, "loss minimal")
-    assert order.judge({"size": 1.0, "speed": 5.0, "loss": 7.0}).objectives == (1.0, -5.0, 7.0)
+    assert order.judge({"size": 1.0, "speed": 5.0, "loss": 7.0}).objectives == (-5.0, 1.0, 7.0)
     first = judge({"metric": "size", "minimize": True, "priority": 2}, {"metric": "speed", "maximize": True,
                                                                       "priority": 1})  # fmt: skip
     assert first.judge({"size": 1.0, "speed": 5.0}).objectives == (-5.0, 1.0)

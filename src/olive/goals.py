@@ -202,7 +202,10 @@ class Judge:
         self._goals = [(goal, metrics[goal.metric]) for goal in goals]
         self._bounds = [goal.bound(metric, source.get(goal.metric)) for goal, metric in self._goals]
         order = [place for place, goal in enumerate(goals) if goal.is_objective()]
-        self._order = sorted(order, key=lambda place: (goals[place].priority or place + 1, place))
+        # A rank that is given comes before an equal one that is only the place in the list.
+        self._order = sorted(
+            order, key=lambda place: (goals[place].priority or place + 1, goals[place].priority is None, place)
+        )
 
     def objectives(self) -> list[str]:
         """Return the objectives as text, the most important first."""
