@@ -19,6 +19,7 @@ from olive.config import seconds
 from olive.engine import Progress, measured_source
 from olive.errors import ConfigError, OliveError
 from olive.goals import Judge, Verdict, metric_names, source_metrics
+from olive.measure import basis
 from olive.plan import check_places, open_source, plan, step_digest, version
 from olive.search.journal import Journal, open_journal
 from olive.search.pareto import best, front
@@ -88,7 +89,11 @@ def about(template: Mapping[str, Any], head: Workflow) -> dict[str, Any]:
     options = head.search or Search()
     data = {key: value for key, value in template.items() if key not in ("search", "seed", "output_dir", "verify")}
     how = options.model_dump(include={"sampler", "order", "proxy"})
-    return {"study": 1, "template": step_digest(data), "seed": head.seed, **how, "optuna": version("optuna")}
+    measured = step_digest({name: basis(own) for name, own in head.evaluators.items()})
+    return {
+        "study": 1, "template": step_digest(data), "evaluators": measured, "seed": head.seed, **how,
+        "optuna": version("optuna"),
+    }  # fmt: skip
 
 
 class Study:
