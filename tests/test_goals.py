@@ -11,7 +11,9 @@ from olive.goals import Goal, Judge, metric_names, read_goal
 SPEED = Metric("speed", "maximize", "tokens/s", "")
 LOSS = Metric("loss", "minimize", "", "")
 SIZE = Metric("size", "minimize", "bytes", "")
-KNOWN = {"speed": SPEED, "loss": LOSS, "size": SIZE}
+DELAY = Metric("delay", "minimize", "s", "")
+LATENCY = Metric("latency", "minimize", "ms", "")
+KNOWN = {"speed": SPEED, "loss": LOSS, "size": SIZE, "delay": DELAY, "latency": LATENCY}
 
 
 def goal(given: object) -> Goal:
@@ -25,6 +27,9 @@ def goal(given: object) -> Goal:
         ("speed >= 20", 9.0, 20.0),
         ("size <= 1.5GB", 9.0, 1.5e9),
         ("loss<=1e-3", 9.0, 1e-3),
+        ("delay <= 20ms", 9.0, 0.02),
+        ("latency <= 20 ms", 9.0, 20.0),
+        ("latency <= 0.5s", 9.0, 500.0),
         ("loss <= input", 4.0, 4.0),
         ("loss <= input * 1.05", 4.0, 4.2),
         ("loss <= input * 0.9", 4.0, 3.6),
@@ -64,7 +69,11 @@ def test_a_direction_has_no_threshold(given: object) -> None:
         ("loss < 3", "goals.0: expected a goal as in"),
         (3, "goals.0: expected a goal as in"),
         ("loss <= much", "goals.0: expected a number or 'input', as in"),
-        ("size <= 3 TB", "goals.0: unknown unit 'TB'; allowed: kB, MB, GB, ms, s"),
+        ("size <= 3 TB", "goals.0: unknown unit 'TB' of size; allowed: kB, MB, GB"),
+        ("size <= 3 ms", "goals.0: unknown unit 'ms' of size; allowed: kB, MB, GB"),
+        ("loss <= 3GB", "goals.0: unknown unit 'GB' of loss; allowed: none"),
+        ("loss <= 1e999", "goals.0.threshold: input should be a finite number, got inf"),
+        ({"metric": "loss", "threshold": float("nan")}, "goals.0.threshold: input should be a finite number"),
         ("los <= 3", "goals.0: no evaluator measures 'los'; did you mean 'loss'?"),
         ("loss >= 3", "goals.0: less loss is better; use <= or minimal"),
         ("speed minimal", "goals.0: more speed is better; use >= or maximal"),
@@ -82,8 +91,11 @@ def test_mistakes_are_told_with_their_place(given: object, told: str) -> None:
 def test_a_metric_of_several_evaluators_is_addressed_with_its_evaluator() -> None:
     names = metric_names({"books": {"loss": LOSS}, "news": {"loss": LOSS, "speed": SPEED}})
     assert list(names) == ["books.loss", "news.loss", "speed"]
-    assert read_goal("books.loss minimal", names, "g").metric == "books.loss"
-    assert read_goal("news.speed maximal", names, "g").metric == "speed"
+    evaluators = ("books", "news")
+    assert read_goal("books.loss minimal", names, "g", evaluators).metric == "books.loss"
+    assert read_goal("news.speed maximal", names, "g", evaluators).metric == "speed"
+    with pytest.raises(ConfigError, match=r"no evaluator measures 'nws.speed'"):
+        read_goal("nws.speed maximal", names, "g", evaluators)
     with pytest.raises(ConfigError, match=r"several evaluators have it, say which: books.loss, news.loss"):
         read_goal("loss minimal", names, "g")
 
@@ -117,7 +129,7 @@ def test_a_threshold_itself_is_good_enough() -> None:
 
 def test_objectives_are_in_the_order_of_their_priority_and_all_minimized() -> None:
     order = judge("size minimal", {"metric": "speed", "maximize": True, "priority": 1}, "loss minimal")
-    assert order.judge({"size": 1.0, "speed": 5.0, "loss": 7.0}).objectives == (1.0, -5.0, 7.0)
+    assert order.judge({"size": 1.0, "speed": 5.0, "loss": 7.0}).objectives == (-5.0, 1.0, 7.0)
     first = judge({"metric": "size", "minimize": True, "priority": 2}, {"metric": "speed", "maximize": True,
                                                                       "priority": 1})  # fmt: skip
     assert first.judge({"size": 1.0, "speed": 5.0}).objectives == (-5.0, 1.0)

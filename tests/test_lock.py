@@ -178,6 +178,22 @@ def test_what_is_no_lock_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "a lock file of version 99; this Olive reads version 1" in capsys.readouterr().err
 
 
+def test_a_lock_that_was_changed_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run(tmp_path / "out", LAB_MODEL)
+    for part in ("workflow", "source", "data", "steps", "olive", "versions", "machine", "files"):
+        assert main(["reproduce", str(edit(file, **{part: "cut"}))]) == 2
+        assert f"edited.lock.json: {part}: input should be a valid " in capsys.readouterr().err
+    for changes, place in (
+        ({"data": {"words.txt": {"digest": "0"}}}, "data.words.txt.path"),
+        ({"workflow": {"input_model": {}, "passes": []}}, "workflow.output_dir"),
+        ({"steps": [{"pass": "rtn"}]}, "steps.0.cached"),
+    ):
+        assert main(["reproduce", str(edit(file, **changes))]) == 2
+        assert f"{place}: field required; the lock was changed or cut" in capsys.readouterr().err
+
+
 def test_code_of_a_checkpoint_runs_only_if_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run(tmp_path / "out", LAB_MODEL, "--trust_remote_code")
     capsys.readouterr()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,12 @@ from olive.errors import ConfigError, PassError, did_you_mean
 from olive.evaluate.metrics import Metric
 
 FORMS = "as in 'kl_divergence <= 0.05', 'perplexity <= input * 1.05' or 'size_on_disk minimal'"
-UNITS = {"bytes": {"kB": 1e3, "MB": 1e6, "GB": 1e9}, "s": {"ms": 1e-3, "s": 1.0}}
-"""Units that a number of a text goal may have, by the unit of its metric."""
+UNITS = {
+    "bytes": {"kB": 1e3, "MB": 1e6, "GB": 1e9},
+    "s": {"ms": 1e-3, "s": 1.0},
+    "ms": {"ms": 1.0, "s": 1e3},
+}
+"""Units that the number of a text goal may have, by the unit of its metric."""
 TINY = 1e-12
 
 
@@ -29,15 +33,15 @@ class Goal(Config):
 
     metric: str = Field(min_length=1)
     """Name of a metric, or EVALUATOR.METRIC where several evaluators have it."""
-    threshold: float | None = None
+    threshold: float | None = Field(None, allow_inf_nan=False)
     """Value to reach: at most this where less is better, at least this where more is."""
-    min_improvement: float | None = Field(None, ge=0)
+    min_improvement: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Be better than the input model by this much."""
-    max_degradation: float | None = Field(None, ge=0)
+    max_degradation: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Be worse than the input model by no more than this."""
-    percent_min_improvement: float | None = Field(None, ge=0)
+    percent_min_improvement: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Be better than the input model by this many percent."""
-    percent_max_degradation: float | None = Field(None, ge=0)
+    percent_max_degradation: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Be worse than the input model by no more than this many percent."""
     minimize: bool = False
     """The less the better."""
@@ -116,12 +120,13 @@ def metric_names(evaluators: Mapping[str, Mapping[str, Metric]]) -> dict[str, Me
     }
 
 
-def read_goal(given: Any, metrics: Mapping[str, Metric], where: str) -> Goal:
-    """Validate a goal given as a text or a mapping; ``metrics`` are those that are measured."""
-    goal, comparison = parse_goal(given, where)
+def read_goal(given: Any, metrics: Mapping[str, Metric], where: str, evaluators: Collection[str] = ()) -> Goal:
+    """Validate a goal given as a text or a mapping; ``metrics`` are those that are measured, by ``evaluators``."""
+    goal, comparison, unit = parse_goal(given, where)
     name = goal.metric
-    if name not in metrics and name.partition(".")[2] in metrics:
-        name = name.partition(".")[2]  # only one evaluator has it
+    evaluator, _, own = name.partition(".")
+    if name not in metrics and evaluator in evaluators and own in metrics:
+        name = own  # only one evaluator has it
     if name not in metrics:
         several = [known for known in metrics if known.endswith(f".{name}")]
         hint = f"; several evaluators have it, say which: {', '.join(several)}" if several else did_you_mean(
@@ -132,32 +137,36 @@ def read_goal(given: Any, metrics: Mapping[str, Metric], where: str) -> Goal:
     if wanted in ("minimize", "maximize") and wanted != direction:
         better = ("less", "<=", "minimal") if direction == "minimize" else ("more", ">=", "maximal")
         raise ConfigError(f"{where}: {better[0]} {name} is better; use {better[1]} or {better[2]}")
-    return goal.model_copy(update={"metric": name})
+    if not unit:
+        return goal.model_copy(update={"metric": name})
+    scales = UNITS.get(metrics[name].unit, {})
+    if unit not in scales:
+        raise ConfigError(f"{where}: unknown unit {unit!r} of {name}; allowed: {', '.join(scales) or 'none'}")
+    assert goal.threshold is not None  # nothing else has a unit
+    return goal.model_copy(update={"metric": name, "threshold": goal.threshold * scales[unit]})
 
 
-def parse_goal(given: Any, where: str) -> tuple[Goal, str | None]:
-    """Read a goal without knowing the metrics; also return the comparison that a text made."""
+def parse_goal(given: Any, where: str) -> tuple[Goal, str | None, str]:
+    """Read a goal without knowing the metrics; also return the comparison that a text made, and the unit of its
+    number."""
     if isinstance(given, Mapping):
-        return parse(Goal, dict(given), f"{where}."), None
+        return parse(Goal, dict(given), f"{where}."), None, ""
     words = re.fullmatch(r"\s*([\w.:/-]+)\s*(?:(<=|>=)\s*(.+?)|(minimal|maximal))\s*", str(given))
     if not isinstance(given, str) or words is None:
         raise ConfigError(f"{where}: expected a goal {FORMS}, got {given!r}")
     metric, comparison, value, direction = words.groups()
     if direction:
-        return Goal(metric=metric, minimize=direction == "minimal", maximize=direction == "maximal"), None
-    return Goal(metric=metric, **_threshold(value, comparison, where)), comparison
+        return Goal(metric=metric, minimize=direction == "minimal", maximize=direction == "maximal"), None, ""
+    threshold, unit = _threshold(value, comparison, where)
+    return parse(Goal, {"metric": metric, **threshold}, f"{where}."), comparison, unit
 
 
-def _threshold(value: str, comparison: str, where: str) -> dict[str, float]:
+def _threshold(value: str, comparison: str, where: str) -> tuple[dict[str, float], str]:
     number = r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)"
     plain = re.fullmatch(rf"(-?){number}\s*([a-zA-Z]*)", value)
     if plain:
         sign, amount, unit = plain.groups()
-        scale = next((own[unit] for own in UNITS.values() if unit in own), 1.0 if not unit else None)
-        if scale is None:
-            allowed = ", ".join(name for own in UNITS.values() for name in own)
-            raise ConfigError(f"{where}: unknown unit {unit!r}; allowed: {allowed}")
-        return {"threshold": float(sign + amount) * scale}
+        return {"threshold": float(sign + amount)}, unit
     relative = re.fullmatch(rf"input\s*(?:([*+-])\s*{number})?", value)
     if not relative:
         raise ConfigError(f"{where}: expected a number or 'input', {FORMS}, got {value!r}")
@@ -165,7 +174,7 @@ def _threshold(value: str, comparison: str, where: str) -> dict[str, float]:
     change = amount - 1 if operator == "*" else -amount if operator == "-" else amount
     worse = change >= 0 if comparison == "<=" else change <= 0
     name = ("percent_" if operator == "*" else "") + ("max_degradation" if worse else "min_improvement")
-    return {name: round(abs(change) * (100 if operator == "*" else 1), 9)}
+    return {name: round(abs(change) * (100 if operator == "*" else 1), 9)}, ""
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,10 @@ class Judge:
         self._goals = [(goal, metrics[goal.metric]) for goal in goals]
         self._bounds = [goal.bound(metric, source.get(goal.metric)) for goal, metric in self._goals]
         order = [place for place, goal in enumerate(goals) if goal.is_objective()]
-        self._order = sorted(order, key=lambda place: (goals[place].priority or place + 1, place))
+        # A rank that is given comes before an equal one that is only the place in the list.
+        self._order = sorted(
+            order, key=lambda place: (goals[place].priority or place + 1, goals[place].priority is None, place)
+        )
 
     def objectives(self) -> list[str]:
         """Return the objectives as text, the most important first."""

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, ValidationError
 
 from olive import __version__
 from olive import model as models
@@ -118,6 +118,45 @@ def write_lock(locked: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(locked, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+class _Workflow(BaseModel):
+    input_model: dict[str, Any]
+    passes: list[Any]
+    output_dir: str
+
+
+class _Source(BaseModel):
+    digest: str
+    files: dict[str, str]
+
+
+class _Local(BaseModel):
+    path: str
+    digest: str
+
+
+class _Dataset(BaseModel):
+    dataset: str
+    digest: str
+
+
+class _Step(BaseModel):
+    name: str = Field(alias="pass")
+    cached: bool
+
+
+class _Lock(BaseModel):
+    """What is read of a lock file; somebody may have sent it, or edited it."""
+
+    workflow: _Workflow
+    source: _Source
+    data: dict[str, _Local | _Dataset]
+    steps: list[_Step]
+    olive: dict[str, Any]
+    versions: dict[str, Any]
+    machine: dict[str, Any]
+    files: dict[str, str]
+
+
 def read_lock(path: Path) -> dict[str, Any]:
     """Read a lock file; refuse what is none."""
     data = load(path)
@@ -127,6 +166,12 @@ def read_lock(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: a lock file of version {data.get('format_version')}; this Olive reads version {FORMAT_VERSION}"
         )
+    try:
+        _Lock.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, message = ".".join(str(part) for part in first["loc"] if part != "_Local"), first["msg"]
+        raise ConfigError(f"{path}: {place}: {message[0].lower() + message[1:]}; the lock was changed or cut") from None
     return data
 
 

@@ -15,7 +15,7 @@ from olive.data.rows import fingerprint
 from olive.data.spec import DataSpec
 from olive.evaluate.evaluators import Evaluator, Measuring, evaluator_name, measured
 from olive.goals import metric_names
-from olive.model import Model
+from olive.model import Model, sha256
 from olive.plan import Plan, code_digest, step_digest, version
 
 REMEMBERED = ("quality", "accuracy", "size")
@@ -63,18 +63,11 @@ def measure(evaluators: Mapping[str, Evaluator], subject: Subject, cache: Cache)
 
 
 def _remembered(evaluator: Evaluator, subject: Subject, measuring: Measuring, cache: Cache) -> dict[str, float]:
-    values = {name: getattr(evaluator, name) for name in type(evaluator).model_fields}
-    data = {name: value for name, value in values.items() if isinstance(value, DataSpec)}
-    parts: dict[str, Any] = {
-        "evaluator": evaluator_name(evaluator),
-        "options": evaluator.model_dump(mode="json", exclude={name: {"files"} for name in data}),
-        "data": {name: fingerprint(spec) for name, spec in data.items()},
+    parts = basis(evaluator) | {
         "model": subject.key,
         "source": subject.plan.source_key,
         "seed": measuring.seed,
         "device": subject.plan.compute_device,
-        "code": [code_digest(name) for name in CODE],
-        "versions": [version(name) for name in LIBRARIES],
     }
     key = step_digest(parts)
     with cache.lock(key):
@@ -84,6 +77,21 @@ def _remembered(evaluator: Evaluator, subject: Subject, measuring: Measuring, ca
             with cache.stage(key) as staged:
                 known = cache.put(key, staged, {"pass": "measure", "facts": facts, "files": {}})
     return dict(known.record["facts"])
+
+
+def basis(evaluator: Evaluator) -> dict[str, Any]:
+    """Return what decides an evaluator's figures, the models aside."""
+    values = {name: getattr(evaluator, name) for name in type(evaluator).model_fields}
+    data = {name: value for name, value in values.items() if isinstance(value, DataSpec)}
+    own = [Path(text) for text in (values.get("file"), *values.get("tasks", ())) if text]
+    return {
+        "evaluator": evaluator_name(evaluator),
+        "options": evaluator.model_dump(mode="json", exclude={name: {"files"} for name in data}),
+        "data": {name: fingerprint(spec) for name, spec in data.items()},
+        "files": [sha256(file) for file in own if file.is_file()],
+        "code": [code_digest(name) for name in CODE],
+        "versions": [version(name) for name in LIBRARIES],
+    }
 
 
 @contextmanager

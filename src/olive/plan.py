@@ -19,9 +19,11 @@ from typing import Any
 
 from olive import model as models
 from olive.cache import Cache, check_replaceable
-from olive.data.spec import DataSpec
+from olive.data.spec import FILE_READERS, DataSpec
 from olive.errors import ConfigError, MissingDependency
 from olive.estimate import Need, after, need, weights
+from olive.evaluate.evaluators import Evaluator
+from olive.evaluate.function import Function
 from olive.model import Model
 from olive.passes import pass_name
 from olive.passes.base import Pass
@@ -106,7 +108,8 @@ def check_places(workflow: Workflow, inputs: list[Path], cache: Cache, *, overwr
     output = output.resolve() if output.name == ".." or output.is_symlink() else output
     if len(os.fsencode(output.name)) > LONGEST_NAME:
         raise ConfigError(f"{output}: the name is too long; give one of at most {LONGEST_NAME} bytes")
-    kept = [Path.cwd(), Path.home(), cache.root, *(file for step in workflow.passes for file in _data_files(step))]
+    readers: list[Pass | Evaluator] = [*workflow.passes, *workflow.evaluators.values()]
+    kept = [Path.cwd(), Path.home(), cache.root, *(file for own in readers for file in _read(own))]
     _check_output(output, inputs, kept)
     writable(cache.root, f"{cache.root}: the cache cannot be written; set OLIVE_CACHE_DIR")
     check_replaceable(output, overwrite, cache.digest)
@@ -211,13 +214,18 @@ def key_parts(step: Pass, input_key: str, workflow: Workflow, device: str) -> di
     }
 
 
-def _data(step: Pass) -> dict[str, DataSpec]:
-    values = {name: getattr(step, name) for name in type(step).model_fields}
+def _data(own: Pass | Evaluator) -> dict[str, DataSpec]:
+    values = {name: getattr(own, name) for name in type(own).model_fields}
     return {name: value for name, value in values.items() if isinstance(value, DataSpec)}
 
 
-def _data_files(step: Pass) -> list[Path]:
-    return [Path(file) for spec in _data(step).values() for file in spec.files]
+def _read(own: Pass | Evaluator) -> list[Path]:
+    """Return the files and folders of the user's that a pass or an evaluator reads."""
+    data = _data(own).values()
+    found = [Path(file) for spec in data for file in spec.files]
+    found += [Path(spec.name) for spec in data if spec.name not in FILE_READERS and Path(spec.name).is_dir()]
+    found += [Path(own.file)] if isinstance(own, Function) else []
+    return found + (list(own.folders()) if isinstance(own, Pass) else [])
 
 
 def _data_digests(step: Pass) -> dict[str, str]:

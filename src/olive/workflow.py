@@ -130,7 +130,7 @@ def read_workflow(data: Any, where: str = "workflow") -> Workflow:
         raise ConfigError(f"{where}: goals: expected a list of goals, got {goals!r}")
     evaluators = _evaluators(data.pop("evaluators", None) or {}, named, goals, where)
     metrics = metric_names({name: own.metrics() for name, own in evaluators.items()})
-    wanted = [read_goal(goal, metrics, f"{where}: goals.{i}") for i, goal in enumerate(goals)]
+    wanted = [read_goal(goal, metrics, f"{where}: goals.{i}", evaluators) for i, goal in enumerate(goals)]
     return parse(Workflow, data | {"passes": found, "evaluators": evaluators, "goals": wanted}, f"{where}: ")
 
 

@@ -83,6 +83,9 @@ def test_values_of_another_shape_are_refused_with_their_place() -> None:
     system = {"type": "LocalSystem", "accelerators": {"device": "cpu"}}
     with pytest.raises(ConfigError, match=r"systems.local_system.accelerators: expected a list, got \{'device'"):
         convert(changed(BUILDER, systems={"local_system": system}), "f")
+    for name, value in (("overrides", ["lm_head"]), ("modules_to_not_convert", "down_proj")):
+        with pytest.raises(ConfigError, match=rf"passes.p.{name}: expected a (mapping|list) of names"):
+            one(type="Rtn", **{name: value})
     for files in (3, {"train": 3}):
         rows = {"name": "d", "load_dataset_config": {"data_name": "json", "data_files": files}}
         step = {"type": "Gptq", "data_config": "d"}
@@ -148,6 +151,23 @@ def test_alternatives_and_lists_of_values_become_a_search() -> None:
         "passes.round.nodes_to_exclude: has no counterpart; left out",
         "search_strategy.include_pass_params: has no counterpart; left out",
     )
+
+
+def test_a_list_of_one_value_is_that_value_and_what_cannot_be_a_choice_is_told() -> None:
+    assert one(type="Rtn", bits=[8], sym=[True, False]) == {
+        "type": "rtn", "bits": 8, "symmetric": {"choice": [True, False]},
+    }  # fmt: skip
+    made = convert(changed(BUILDER, passes={"p": {"type": "Rtn", "lm_head": [False, True]}}), "f")
+    assert made.data["passes"] == [{"type": "rtn"}]
+    assert made.notes == ("passes.p.lm_head: only False is tried; list alternatives of the pass for the others",)
+    builder = {"type": "ModelBuilder", "precision": ["int4", "fp32"], "int4_block_size": [64]}
+    made = convert(changed(BUILDER, passes={"p": builder}), "f")
+    assert made.data["passes"] == [{"type": "decoder", "precision": "int4", "group_size": 64, "symmetric": True}]
+    assert made.notes == ("passes.p.precision: only int4 is tried; list alternatives of the pass for the others",)
+
+
+def test_an_evaluator_that_is_not_there_is_told() -> None:
+    assert "evaluator: no evaluator is called 'own'; nothing is measured" in said(changed(BUILDER, evaluator="own"))
 
 
 def test_flows_systems_elsewhere_and_data_from_scripts_are_told() -> None:

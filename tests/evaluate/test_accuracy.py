@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import string
 from collections import Counter
 from pathlib import Path
@@ -56,6 +57,21 @@ def test_generated_answers_are_compared(form: str, pair: Pair, answers: list[str
     assert facts == {"rows": 4}
     few = Accuracy(data=data.model_copy(update={"max_samples": 2}), max_new_tokens=12)
     assert measured(few, getattr(pair, form), Measuring())["exact_match"] == 0.5
+
+
+@pytest.mark.parametrize("form", ["hf", "onnx"])
+def test_answers_are_greedy_whatever_the_checkpoint_says(
+    form: str, pair: Pair, answers: list[str], tmp_path: Path
+) -> None:
+    model = getattr(pair, form)
+    shutil.copytree(model.path, tmp_path / "beams")
+    file = tmp_path / "beams" / {"hf": "generation_config.json", "onnx": "genai_config.json"}[form]
+    config = json.loads(file.read_text())
+    (config if form == "hf" else config["search"])["num_beams"] = 3
+    file.write_text(json.dumps(config))
+    data = rows(tmp_path, [{"prompt": p, "answer": a} for p, a in zip(PROMPTS, answers, strict=True)])
+    asked = Accuracy(data=data, max_new_tokens=12)
+    assert measured(asked, Model(form, tmp_path / "beams"), Measuring())["exact_match"] == 1.0
 
 
 def test_an_adapter_answers_otherwise(pair: Pair, answers: list[str], tmp_path: Path) -> None:
@@ -152,6 +168,19 @@ def test_a_classifier_of_text_reads_it_through_its_tokenizer(tmp_path: Path) -> 
     assert found["accuracy"] == pytest.approx(2 / 3)
 
 
+def test_a_classifier_of_text_gets_every_input_in_its_type(tmp_path: Path) -> None:
+    """As BERT's graphs have them, with a tokenizer that gives no token types by itself."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (int32[b, t] input_ids, int32[b, t] token_type_ids, int32[b, t] attention_mask) => (float[b, t] logits)
+    { types = Sub(attention_mask, token_type_ids)
+      logits = Cast <to = 1> (types) }"""
+    tiny.tokenizer(tmp_path)
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    data = rows(tmp_path, [{"text": "abc", "label": 0}, {"text": "z", "label": 0}])
+    found = measured(Accuracy(data=data, task="classification"), Model("onnx", tmp_path), Measuring())
+    assert found["accuracy"] == 1.0
+
+
 def test_rows_that_do_not_fit_are_refused(classifier: Model, pair: Pair, tmp_path: Path) -> None:
     def refused(message: str, item: dict[str, Any], model: Model = classifier, **options: Any) -> None:
         with pytest.raises(ConfigError, match=message):
@@ -167,11 +196,22 @@ def test_rows_that_do_not_fit_are_refused(classifier: Model, pair: Pair, tmp_pat
     refused("the graph's input x is not in the row; its fields: label", {"label": 1}, **choose)
     refused("field x must hold numbers", {"x": ["a", "b", "c"], "label": 1}, **choose)
     refused("the graph refuses it: .*invalid dimensions", {"x": [1, 2], "label": 1}, **choose)
+    refused(r"label \[1\] is not known; config.json names: red, green, blue", {"x": [1, 2, 3], "label": [1]}, **choose)
+    refused("label 3 is none of the graph's, which are 0 to 2", {"x": [1, 2, 3], "label": 3}, **choose)
+    refused("label -1 is none of the graph's", {"x": [1, 2, 3], "label": -1}, **choose)
     refused("is no ONNX classifier; for a language model give task: generation", {"label": 1}, pair.onnx, **choose)
     refused("field 'answer' of text_template .* is not in the row", {"prompt": "a", "text": "b"}, pair.onnx)
     refused("jsonl:1: has no prompt; give a text_template such as", {"prompt": "", "answer": "b"}, pair.onnx)
     with pytest.raises(ConfigError, match="accuracy needs labelled rows; give data"):
         measured(Accuracy(), pair.onnx, Measuring())
+
+
+def test_scores_that_are_no_numbers_are_refused(classifier: Model, tmp_path: Path) -> None:
+    data = rows(tmp_path, [{"x": [1, float("nan"), 0], "label": 1}])
+    with pytest.raises(
+        OliveError, match=r"rows.jsonl:1: the graph gives scores that are no numbers: \[1.0, nan, 0.0\]"
+    ):
+        measured(Accuracy(data=data, task="classification"), classifier, Measuring())
 
 
 def test_an_output_of_another_shape_is_refused(classifier: Model, tmp_path: Path) -> None:

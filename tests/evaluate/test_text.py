@@ -151,6 +151,12 @@ def test_models_that_cannot_be_compared_are_refused(pair: Pair, text: Path, tmp_
         measured(TextQuality(data=spec(text)), pair.hf, Measuring(source=Model("hf", tmp_path / "strange")))
 
 
+def test_a_text_of_one_token_is_refused(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a")
+    with pytest.raises(ConfigError, match=r"one.txt: one token has no next one to predict; give more text"):
+        measured(TextQuality(data=spec(tmp_path / "one.txt"), compare=False), pair.hf, Measuring())
+
+
 def test_a_graph_with_the_last_logits_alone_is_refused(pair: Pair, text: Path, tmp_path: Path) -> None:
     """GenAI's builder makes such heads with prune_lm_head; their one row would be scored as if it were all."""
     shutil.copytree(pair.onnx.path, tmp_path / "onnx")

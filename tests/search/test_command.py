@@ -31,6 +31,32 @@ def write(model: Path, folder: Path, **changes: Any) -> tuple[str, Path]:
     return str(path), folder / "out"
 
 
+def test_trials_are_recorded_neither_in_the_input_nor_in_the_output(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for study, place in ((model, model), (out, out), (out / "trials", out)):
+        path, _ = write(model, tmp_path, search={"study": str(study)})
+        assert main(["run", path]) == 2
+        assert f"search.study: {study} lies in {place}; choose another folder" in capsys.readouterr().err
+        assert not (study / "trials.jsonl").exists()
+
+
+def test_data_that_is_measured_on_does_not_give_way_to_the_output(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    text, code = tmp_path / "out" / "own.txt", tmp_path / "out" / "own.py"
+    for file, evaluator in (
+        (text, {"type": "quality", "data": {"files": [str(text)]}}),
+        (code, {"type": "function", "file": str(code), "function": "f", "direction": "minimize"}),
+    ):
+        file.write_text("f = len")
+        path, _ = write(model, tmp_path, evaluators={"own": evaluator}, goals=["size_on_disk minimal"])
+        assert main(["run", path, "--overwrite"]) == 2
+        assert f"holds {file}, which would be lost" in capsys.readouterr().err
+
+
 def test_a_template_is_searched_and_the_best_is_laid_out_verified(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,8 +120,25 @@ def test_a_search_may_go_on_with_other_limits_and_workers_but_not_as_another_sea
     told = "study: holds trials of another search .seed differ.; delete the folder, or name another one"
     with pytest.raises(ConfigError, match=told):
         run(data | {"seed": 1}, Fake(figures), tmp_path)
-    with pytest.raises(ConfigError, match=r"another search .sampler, template differ."):
+    with pytest.raises(ConfigError, match=r"another search .evaluators, sampler, template differ."):
         run(data | {"search": {"sampler": "qmc"}, "goals": GOALS[1:]}, Fake(figures), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["text", "function"])
+def test_a_study_that_was_measured_otherwise_is_refused(model: Path, tmp_path: Path, what: str) -> None:
+    """Its figures and new ones could not be compared."""
+    file = tmp_path / "own.py"
+    own = {
+        "text": {"type": "quality", "data": {"files": [str(file)]}},
+        "function": {"type": "function", "file": str(file), "function": "graphs", "direction": "minimize"},
+    }
+    data = template(model, RTN, goals=GOALS, trials=2) | {"evaluators": {"own": own[what]}}
+    file.write_text("one")
+    run(data, Fake(figures), tmp_path)
+    run(data, Fake(figures), tmp_path)
+    file.write_text("two")
+    with pytest.raises(ConfigError, match=r"another search .evaluators differ."):
+        run(data, Fake(figures), tmp_path)
 
 
 def test_a_study_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ def _evaluators(data: Mapping[str, Any], engine: Mapping[str, Any], notes: Notes
     given = flat(data.get("evaluators"))
     used = engine.get("evaluator")
     own = flat(given.get(used)) if isinstance(used, str) else flat(used)
+    if isinstance(used, str) and used not in given:
+        notes.add("evaluator", f"no evaluator is called {used!r}; nothing is measured")
     if not own:
         return {}
     place = f"evaluators.{used}" if isinstance(used, str) else "evaluator"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from olive.compat.notes import Notes, flat
+from olive.errors import ConfigError
 
 COMMON = {"bits": "bits", "group_size": "group_size", "sym": "symmetric"}
 RENAMED = {
@@ -54,7 +55,10 @@ def tables(step: dict[str, Any], options: dict[str, Any], place: str, notes: Not
 def overrides(step: dict[str, Any], options: dict[str, Any], place: str, notes: Notes) -> None:
     """Translate bits and group size by layer; names are literal there."""
     found = {}
-    for name, value in (options.pop("overrides", None) or {}).items():
+    given = options.pop("overrides", None) or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{place}.overrides: expected a mapping of names to options, got {given!r}")
+    for name, value in given.items():
         own = flat(value)
         if name.startswith("re:"):
             notes.add(f"{place}.overrides.{name}", "regular expressions have no counterpart; use a pattern with *")
@@ -70,7 +74,10 @@ def overrides(step: dict[str, Any], options: dict[str, Any], place: str, notes: 
 def excluded(step: dict[str, Any], options: dict[str, Any], place: str, notes: Notes) -> None:
     """Translate what stays float; plain words stand anywhere in a name there."""
     found = []
-    for name in options.pop("modules_to_not_convert", None) or []:
+    given = options.pop("modules_to_not_convert", None) or []
+    if not isinstance(given, list):
+        raise ConfigError(f"{place}.modules_to_not_convert: expected a list of names, got {given!r}")
+    for name in given:
         if str(name).startswith("re:"):
             notes.add(f"{place}.modules_to_not_convert", f"{name}: regular expressions have no counterpart")
         elif name != "lm_head":  # float unless asked for

@@ -51,6 +51,11 @@ HINTS = {
     "spinquant": "rotate has rotations that need no training",
 }
 QUANTIZERS = ("rtn", "kquant", "gptq", "awq")
+LISTS = ("target_modules", "modules_to_not_convert", "overrides")
+"""Options that are lists, or may hold some, and not several values to try."""
+NO_CHOICE = ("lm_head", "embeds", "zero_point", "precision", "int4_block_size", "int4_is_symmetric",
+             "int4_accuracy_level", "int4_algo_config")  # fmt: skip
+"""Options that others of ours follow from, so that several values are no choice of one option."""
 
 
 def convert_passes(data: Mapping[str, Any], named: Mapping[str, Any], notes: Notes) -> list[Any]:
@@ -123,6 +128,7 @@ def _step(
     ours: str, small: str, options: dict[str, Any], place: str, named: Mapping[str, Any], notes: Notes
 ) -> dict[str, Any]:
     step: dict[str, Any] = {"type": ours}
+    _singles(options, place, notes)
     _data(step, ours, options, place, named, notes)
     special: dict[str, Callable[[dict[str, Any], dict[str, Any], str, Notes], None]] = {
         "decoder": builder,
@@ -146,6 +152,16 @@ def _step(
         elif name not in NEEDLESS and value is not None:
             notes.add(f"{place}.{name}", "has no counterpart; left out")
     return step
+
+
+def _singles(options: dict[str, Any], place: str, notes: Notes) -> None:
+    """Take the value out of a list of one; of several values where they are no choice, the first."""
+    for name, value in options.items():
+        if not isinstance(value, list) or not value or name in LISTS:
+            continue
+        options[name] = value[0] if len(value) == 1 or name in NO_CHOICE else value
+        if len(value) > 1 and name in NO_CHOICE:
+            notes.add(f"{place}.{name}", f"only {value[0]} is tried; list alternatives of the pass for the others")
 
 
 def _data(

@@ -119,9 +119,8 @@ def _generate(
     for ids in prompts:
         row = torch.tensor([ids], device=device)
         with torch.no_grad():
-            out = loaded.generate(
-                row, attention_mask=torch.ones_like(row), max_new_tokens=max_new_tokens, do_sample=False
-            )
+            mask = torch.ones_like(row)
+            out = loaded.generate(row, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         yield out[0, len(ids) :].tolist()
 
 

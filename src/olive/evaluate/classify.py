@@ -36,7 +36,7 @@ def classify(model: Model, spec: DataSpec, label_field: str) -> list[tuple[int, 
     pairs = []
     for row in itertools.islice(rows(spec), spec.max_samples):
         label = _label(row, label_field, known)
-        feed = _from_text(row, spec, tokenizer, names) if tokenizer is not None else _from_fields(row, session)
+        feed = _from_text(row, spec, tokenizer, session) if tokenizer is not None else _from_fields(row, session)
         try:
             scores = np.asarray(session.run(None, feed)[0])
         except Exception as error:  # each of ONNX Runtime's error classes derives from Exception alone
@@ -46,16 +46,24 @@ def classify(model: Model, spec: DataSpec, label_field: str) -> list[tuple[int, 
                 f"{model.path}: its first output has shape {list(scores.shape)} for one row; a classifier gives "
                 "[1, labels]"
             )
+        if np.isnan(scores).any():
+            raise OliveError(f"{row.where}: the graph gives scores that are no numbers: {scores[0].tolist()}")
+        if not 0 <= label < scores.shape[1]:
+            raise ConfigError(
+                f"{row.where}: label {label} is none of the graph's, which are 0 to {scores.shape[1] - 1}"
+            )
         pairs.append((label, int(scores[0].argmax())))
     return pairs
 
 
-def _from_text(row: Row, spec: DataSpec, tokenizer: Any, names: list[str]) -> dict[str, np.ndarray]:
+def _from_text(row: Row, spec: DataSpec, tokenizer: Any, session: Any) -> dict[str, np.ndarray]:
     from olive.data.render import render
 
     text = "".join(render(row, spec, tokenizer))
-    made = tokenizer(text, truncation=True, max_length=spec.max_seq_len, return_tensors="np")
-    return {name: made[name].astype("int64") for name in names}
+    kinds = {value.name: _kind(value) for value in session.get_inputs()}
+    asked = {f"return_{name}": True for name in kinds if name != "input_ids"}  # not all give all by themselves
+    made = tokenizer(text, truncation=True, max_length=spec.max_seq_len, return_tensors="np", **asked)
+    return {name: made[name].astype(kind) for name, kind in kinds.items()}
 
 
 def _from_fields(row: Row, session: Any) -> dict[str, np.ndarray]:
@@ -66,13 +74,17 @@ def _from_fields(row: Row, session: Any) -> dict[str, np.ndarray]:
         if value.name not in row.fields:
             has = ", ".join(row.fields)
             raise ConfigError(f"{row.where}: the graph's input {value.name} is not in the row; its fields: {has}")
-        kind = TYPES.get(value.type.removeprefix("tensor(").removesuffix(")"), "float32")
         try:
-            array = np.asarray(row.fields[value.name], kind)
+            array = np.asarray(row.fields[value.name], _kind(value))
         except (TypeError, ValueError):
             raise ConfigError(f"{row.where}: field {value.name} must hold numbers, for {value.type}") from None
         feed[value.name] = array if array.ndim == len(value.shape) else array[None]  # one row of the batch
     return feed
+
+
+def _kind(value: Any) -> str:
+    """Return numpy's name of an input's type."""
+    return TYPES.get(value.type.removeprefix("tensor(").removesuffix(")"), "float32")
 
 
 def _labels(model: Model) -> dict[str, int]:
@@ -88,7 +100,7 @@ def _label(row: Row, field: str, known: dict[str, int]) -> int:
     value = row.fields[field]
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if value in known:
+    if isinstance(value, str) and value in known:
         return known[value]
     if isinstance(value, str) and value.isdecimal():  # a table in a text file has no numbers
         return int(value)

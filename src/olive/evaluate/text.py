@@ -82,12 +82,15 @@ class TextQuality(Evaluator):
         return read[0]
 
     def _windows(self, tokenizer: Any, length: int) -> Tensor:
-        from olive.data.rows import heldout_text
+        from olive.data.rows import describe, heldout_text
         from olive.data.samples import text_windows, windows
 
         if self.data.name == "text" and not self.data.files:
             return text_windows(heldout_text(), tokenizer, length, self.data.max_samples)
-        return windows(self.data.model_copy(update={"max_seq_len": length}), tokenizer)
+        cut = windows(self.data.model_copy(update={"max_seq_len": length}), tokenizer)
+        if cut.shape[1] < 2:  # [rows, T]
+            raise ConfigError(f"{describe(self.data)}: one token has no next one to predict; give more text")
+        return cut
 
 
 def context_length(model: Model) -> int:

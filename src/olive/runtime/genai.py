@@ -161,7 +161,7 @@ class Generator:
             self._known(adapter)
         parameters = onnxruntime_genai.GeneratorParams(self._model)
         try:
-            parameters.set_search_options(max_length=prompt + new, do_sample=False, **options)
+            parameters.set_search_options(max_length=prompt + new, do_sample=False, num_beams=1, **options)
             generator = onnxruntime_genai.Generator(self._model, parameters)
             if adapter is not None:
                 generator.set_active_adapter(self._adapters, adapter)  # before any token is read

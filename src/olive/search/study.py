@@ -19,6 +19,7 @@ from olive.config import seconds
 from olive.engine import Progress, measured_source
 from olive.errors import ConfigError, OliveError
 from olive.goals import Judge, Verdict, metric_names, source_metrics
+from olive.measure import basis
 from olive.plan import check_places, open_source, plan, step_digest, version
 from olive.search.journal import Journal, open_journal
 from olive.search.pareto import best, front
@@ -53,8 +54,8 @@ def search(
     """Search a template for the workflow that meets its goals best; trials go into the study's folder as they end."""
     space, head, output = prepare(template, cache, where=where, overwrite=overwrite)
     options = head.search or Search()
-    folder = Path(options.study).expanduser() if options.study else output.with_name(output.name + ".study")
-    with open_workers(options, progress) as workers, open_journal(folder, about(template, head)) as journal:
+    journaling = open_journal(study_folder(head, output), about(template, head))
+    with open_workers(options, progress) as workers, journaling as journal:
         study = Study(template, space, head, cache, journal, workers, progress)
         ended = study.run()
     return study.found(ended)
@@ -68,7 +69,18 @@ def prepare(
     head = read_workflow(dict(template) | {"passes": [STAND_IN]}, where)
     _check(head, head.search or Search(), space, where)
     _, _, inputs = open_source(head)
-    return space, head, check_places(head, inputs, cache, overwrite=overwrite)
+    output = check_places(head, inputs, cache, overwrite=overwrite)
+    folder = study_folder(head, output)
+    for place in (output, *inputs):
+        if folder.resolve().is_relative_to(place.resolve()):
+            raise ConfigError(f"{where}: search.study: {folder} lies in {place}; choose another folder")
+    return space, head, output
+
+
+def study_folder(head: Workflow, output: Path) -> Path:
+    """Return where the trials are recorded."""
+    own = head.search.study if head.search else None
+    return Path(own).expanduser() if own else output.with_name(output.name + ".study")
 
 
 def _check(head: Workflow, options: Search, space: Space, where: str) -> None:
@@ -88,7 +100,11 @@ def about(template: Mapping[str, Any], head: Workflow) -> dict[str, Any]:
     options = head.search or Search()
     data = {key: value for key, value in template.items() if key not in ("search", "seed", "output_dir", "verify")}
     how = options.model_dump(include={"sampler", "order", "proxy"})
-    return {"study": 1, "template": step_digest(data), "seed": head.seed, **how, "optuna": version("optuna")}
+    measured = step_digest({name: basis(own) for name, own in head.evaluators.items()})
+    return {
+        "study": 1, "template": step_digest(data), "evaluators": measured, "seed": head.seed, **how,
+        "optuna": version("optuna"),
+    }  # fmt: skip
 
 
 class Study:
