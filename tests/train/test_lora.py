@@ -44,6 +44,14 @@ def test_training_lowers_the_loss_on_rows_held_back(base: Path, rows_file: Path,
         assert str(tmp_path).encode() not in file.read_bytes() and str(base).encode() not in file.read_bytes()
 
 
+@pytest.mark.parametrize("training", [{"max_steps": 1}, {"num_train_epochs": 1, "per_device_train_batch_size": 32}])
+def test_a_single_step_learns_too(training: dict, base: Path, rows_file: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run(lora(rows_file, training=training | {"learning_rate": 0.01}), base)
+    assert run.facts["trained_steps"] == 1
+    assert run.facts["held_back_loss_after"] < run.facts["held_back_loss_before"]
+
+
 def test_peft_reloads_the_adapter_with_the_same_logits(base: Path, tmp_path: Path) -> None:
     job = Job(
         base=base, data=DataSpec(), rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"], training={},

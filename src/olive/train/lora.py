@@ -66,6 +66,8 @@ def train(job: Job, adapter_dir: Path, progress: Callable[[str, int, int], None]
     if arguments.dataloader_drop_last and len(trained_on) < arguments.train_batch_size:
         raise ConfigError(f"training.dataloader_drop_last: {len(trained_on)} rows do not fill one batch of "
                           f"{arguments.train_batch_size}, so nothing would be learnt")  # fmt: skip
+    if "warmup_steps" not in job.training and _steps(arguments, len(trained_on)) == 1:
+        arguments.warmup_steps = 0  # the only step would have a rate of 0
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
     transformers.set_seed(job.seed)
@@ -102,6 +104,14 @@ def train(job: Job, adapter_dir: Path, progress: Callable[[str, int, int], None]
         "dropped_rows": dropped,
         "trained_steps": trainer.state.global_step,
     }
+
+
+def _steps(arguments: Any, rows: int) -> int:
+    """Return how often the weights are updated."""
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    in_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return math.ceil(math.ceil(rows / in_a_step) * arguments.num_train_epochs)
 
 
 def hold_back(kept: Sequence[Sample], seed: int, where: str) -> tuple[list[Sample], list[Sample]]:
