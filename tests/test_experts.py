@@ -20,7 +20,8 @@ from olive.quant.formats.shards import Shards, find
 from olive.quant.linear import QuantLinear
 from olive.quant.sites import find_sites
 from olive.runtime.experts import Expert, Experts, equivalent, unfuse
-from olive.runtime.layers import LayeredModel, LoadedTensors, decoder_layers, decoder_linears, open_tensors, skeleton
+from olive.runtime.layers import LayeredModel, decoder_layers, decoder_linears, skeleton
+from olive.runtime.tensors import LoadedTensors, open_tensors
 from olive.runtime.torch_model import load
 
 E, H, I = 4, 16, 24  # noqa: E741 - experts, outer and inner channels

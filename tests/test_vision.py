@@ -13,7 +13,8 @@ import tiny
 from olive.cli import main
 from olive.quant.formats.checkpoint import Checkpoint
 from olive.quant.linear import QuantLinear
-from olive.runtime.layers import LayeredModel, auto_class, decoder_layers, decoder_linears, open_tensors, skeleton
+from olive.runtime.layers import LayeredModel, auto_class, decoder_layers, decoder_linears, skeleton
+from olive.runtime.tensors import open_tensors
 from olive.runtime.torch_model import load
 
 IMAGE = 300

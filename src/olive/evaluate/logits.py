@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from olive.model import Model, files
-from olive.runtime.layers import Batch, LayeredModel, open_tensors, skeleton
+from olive.runtime.layers import Batch, LayeredModel, skeleton
+from olive.runtime.tensors import open_tensors
 
 
 def logits(

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from olive.quant.affine import QuantizedWeight
 
 
-class Distill(Tune, sources=("olive.passes.distill", "olive.quant.distill", "olive.passes.held_back")):
+SOURCES = ("olive.passes.distill", "olive.passes.held_back", "olive.quant.distill", "olive.quant.linear",
+           "olive.runtime.torch_model")  # fmt: skip
+
+
+class Distill(Tune, sources=SOURCES):
     """The result of tune, of which all codes and scales are then trained together towards the float model's
     predictions, mostly on text that it writes itself (LLM-QAT, arXiv 2305.17888, 2023). More accurate than tune, for
     models that fit into the memory of a GPU with 32 bytes per parameter; on a CPU it takes hours."""

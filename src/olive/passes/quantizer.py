@@ -47,6 +47,7 @@ class Quantizer(
         "olive.quant.kquant",
         "olive.quant.formats",
         "olive.runtime.layers",
+        "olive.runtime.tensors",
         "olive.runtime.experts",
         "olive.runtime.stored",
         *ALLOCATION,
@@ -288,7 +289,8 @@ def _check_patterns(option: str, patterns: Iterable[str], names: dict[str, Any])
 def float_source(model: Model) -> tuple[Any, Any]:
     """Open a float checkpoint's tensors and its model without weights; refuse one that is quantized or adapted."""
     from olive.quant.formats.checkpoint import read_config
-    from olive.runtime.layers import open_tensors, skeleton
+    from olive.runtime.layers import skeleton
+    from olive.runtime.tensors import open_tensors
 
     settings = read_config(model.path).get("quantization_config")
     if settings:
