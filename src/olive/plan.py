@@ -22,7 +22,7 @@ from olive.cache import Cache, check_replaceable
 from olive.data.spec import FILE_READERS, DataSpec
 from olive.errors import ConfigError, MissingDependency
 from olive.estimate import Need, after, need, weights
-from olive.evaluate.evaluators import Evaluator
+from olive.evaluate.evaluators import Evaluator, evaluator_name
 from olive.evaluate.function import Function
 from olive.model import Model
 from olive.passes import pass_name
@@ -71,7 +71,7 @@ class Plan:
 def plan(workflow: Workflow, cache: Cache, *, overwrite: bool = False) -> Plan:
     """Resolve the model, check that the passes fit together and that the output may be written, and key the steps."""
     source, revision, inputs = open_source(workflow)
-    _check_passes(source.kind, workflow)
+    _check_evaluators(_check_passes(source.kind, workflow), workflow)
     output = check_places(workflow, inputs, cache, overwrite=overwrite)
     device = compute_device(workflow.compute_device)
     source_key = _source_key(source, cache.digest)
@@ -121,7 +121,8 @@ def check_places(workflow: Workflow, inputs: list[Path], cache: Cache, *, overwr
 REASONS = {"here": "same key in the cache", "shared": "same key in the shared cache", None: "not in the cache"}
 
 
-def _check_passes(kind: str, workflow: Workflow) -> None:
+def _check_passes(kind: str, workflow: Workflow) -> str:
+    """Refuse passes that cannot run one after the other; return the kind of the result."""
     provider = workflow.target.execution_provider()
     for i, step in enumerate(workflow.passes):
         lacking = [name for name in step.libraries if importlib.util.find_spec(module_of(name)) is None]
@@ -136,6 +137,20 @@ def _check_passes(kind: str, workflow: Workflow) -> None:
                 f"passes.{i}: {pass_name(step)} works on {' or '.join(step.accepts)} models, but gets {kind}"
             )
         kind = step.produces
+    return kind
+
+
+def _check_evaluators(kind: str, workflow: Workflow) -> None:
+    """Refuse what could not be measured once all is done."""
+    for name, own in workflow.evaluators.items():
+        if kind not in own.kinds:
+            raise ConfigError(
+                f"evaluators.{name}: {evaluator_name(own)} measures {' and '.join(own.kinds)} models, and the passes "
+                f"make one of kind {kind}; add the pass decoder"
+            )
+        missing = next((file for file in _read(own) if not file.exists()), None)
+        if missing is not None:
+            raise ConfigError(f"evaluators.{name}: {missing}: no such file")
 
 
 def _check_output(output: Path, inputs: list[Path], kept: list[Path]) -> None:

@@ -105,7 +105,7 @@ class Workflow(Config):
     """How the result is checked."""
     compute_device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where passes compute; auto: on a CUDA device if there is one."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random."""
     output_dir: str = Field(min_length=1)
     """Folder of the result."""

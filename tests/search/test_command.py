@@ -57,6 +57,29 @@ def test_data_that_is_measured_on_does_not_give_way_to_the_output(
         assert f"holds {file}, which would be lost" in capsys.readouterr().err
 
 
+def test_what_could_not_be_measured_is_refused_before_anything_runs(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function = {"type": "function", "file": "no.py", "function": "f", "direction": "minimize"}
+    for evaluator, told in (
+        ({"type": "speed"}, "evaluators.own: speed measures onnx models, and the passes make one of kind hf; add the"),
+        ({"type": "quality", "data": {"files": ["no.txt"]}}, "evaluators.own: no.txt: no such file"),
+        (function, "evaluators.own: no.py: no such file"),
+    ):
+        path, _ = write(model, tmp_path, passes=[{"type": "rtn"}], search=None, evaluators={"own": evaluator}, goals=[])
+        assert main(["plan", path]) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_is_one_that_every_library_takes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    path, _ = write(model, tmp_path, seed=seed)
+    assert main(["run", path]) == 2
+    assert "seed: input should be" in capsys.readouterr().err
+
+
 def test_a_template_is_searched_and_the_best_is_laid_out_verified(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,13 +78,16 @@ def main(args: argparse.Namespace) -> int:
     elif hasattr(args, "against_adapter"):
         raise ConfigError("--against_adapter: is for the model that --against names; give that too")
     asked, evaluators = _evaluators(args, against=len(columns) > 1)
+    seed = getattr(args, "seed", 0)
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: give a whole number from 0")
     with tempfile.TemporaryDirectory(prefix="olive-evaluate-") as kept:
         other = columns[-1]
         ctx = Measuring(
             source=other.model if len(columns) > 1 else None,
             source_adapter=other.adapter if len(columns) > 1 else None,
             compute_device=compute_device(getattr(args, "compute_device", "auto")),
-            seed=getattr(args, "seed", 0),
+            seed=seed,
             cache_dir=Path(kept),
         )
         for column in reversed(columns):  # what the other's logits come from is then at hand
