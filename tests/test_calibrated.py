@@ -44,7 +44,11 @@ def weights(out: Path) -> str:
     return sha256(out / "model.safetensors")
 
 
-@pytest.mark.parametrize("step", [{"type": "awq"}, {"type": "kquant"}, {"type": "gptq"}], ids=lambda s: s["type"])
+@pytest.mark.parametrize(
+    "step",
+    [{"type": "awq"}, {"type": "kquant"}, {"type": "gptq"}, {"type": "distill", **SHORT}],
+    ids=lambda s: s["type"],
+)
 def test_saved_statistics_give_the_bytes_of_fresh_ones(step: dict[str, Any], tmp_path: Path) -> None:
     saved = tmp_path / "statistics"
     quantize(LAB_MODEL, tmp_path / "first", type="awq", save_statistics=str(saved))

@@ -46,8 +46,6 @@ class Cache:
     """The store under one folder; safe under concurrent processes of one machine. ``shared`` is a store that several
     machines read from and write to as well."""
 
-    """The store under one folder; safe under concurrent processes of one machine."""
-
     def __init__(self, root: Path, shared: Shared | None = None, *, kept: bool = True) -> None:
         """``shared``: a store that several machines read and write as well. ``kept``: entries outlive the run; else an
         output may take their files."""

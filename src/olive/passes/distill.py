@@ -97,8 +97,11 @@ class Distill(Tune, sources=SOURCES):
         import torch
 
         from olive.quant.distill import PROMPT, write_rows
+        from olive.quant.statistics import SavedStatistics
 
-        data = calibration_windows(self.data or DataSpec(), model).to(ctx.compute_device)
+        known = SavedStatistics(Path(self.statistics), {}) if self.statistics is not None else None
+        data = calibration_windows(self.data or DataSpec(), model) if known is None else known.ids
+        data = data.to(ctx.compute_device)
         length = data.shape[1]
         torch.manual_seed(ctx.seed)
         prompt = min(PROMPT, length - 1)
