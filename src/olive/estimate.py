@@ -213,7 +213,7 @@ def least_memory(step: Pass, before: Weights, device: str) -> int:
     name = pass_name(step)
     if name == "lora" and device == "cpu":
         return before.size if before.linear_bits < 16 else 4 * (before.linear + before.tables + before.rest)
-    if name == "distill":  # two models in float32; what is trained has a start, a gradient and two moments besides
+    if name == "distill":  # two models in float32; Adam has two moments, and the backward pass needs two copies
         return 4 * (2 * (before.linear + before.tables + before.rest) + (4 * before.linear if device == "cpu" else 0))
     data = getattr(step, "data", None)
     if name != "lora" and data is not None and device == "cpu":

@@ -30,7 +30,7 @@ SOURCES = ("olive.passes.distill", "olive.passes.held_back", "olive.quant.distil
 class Distill(Tune, sources=SOURCES):
     """The result of tune, of which all codes and scales are then trained together towards the float model's
     predictions, mostly on text that it writes itself (LLM-QAT, arXiv 2305.17888, 2023). More accurate than tune, for
-    models that fit into the memory of a GPU with 32 bytes per parameter; on a CPU it takes hours."""
+    models that fit into the memory of a GPU with 40 bytes per parameter; on a CPU it takes hours."""
 
     steps: int = Field(2000, ge=1)
     """Steps of training, of 8 rows each."""

@@ -39,7 +39,11 @@ Tick = Callable[[int], None]
 
 
 class TrainedLinear(nn.Module):
-    """A linear layer that computes with rounded codes and passes gradients to codes and scales."""
+    """A linear layer that computes with rounded codes and passes gradients to codes and scales.
+
+    Unlike :class:`olive.quant.tune.TunedLinear`, whose codes follow their scale so that the weight stays: over the many
+    steps here that came out behind.
+    """
 
     def __init__(self, start: QuantizedWeight, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -122,7 +126,7 @@ def distill(
         trained[name] = TrainedLinear(weight, floats(name), linear.bias)
         student.set_submodule(name, trained[name])
     optimizer = torch.optim.Adam([p for linear in trained.values() for p in linear.parameters()], betas=(0.9, 0.99))
-    at_once = max(1, min(ROWS, LOGITS // (rows.shape[1] * _vocabulary(teacher))))
+    at_once = max(1, min(ROWS, LOGITS // (rows.shape[1] * len(teacher.get_output_embeddings().weight))))
     order = _endless(len(rows), seed)
     for step in range(steps):
         chosen = rows[[next(order) for _ in range(ROWS)]]
@@ -143,10 +147,6 @@ def put(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
     for name, weight in weights.items():
         linear: Any = model.get_submodule(name)
         model.set_submodule(name, QuantLinear(weight, linear.bias))
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _endless(count: int, seed: int) -> Iterator[int]:

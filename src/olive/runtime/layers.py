@@ -130,6 +130,7 @@ def skeleton(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_cod
 
 
 def unfuse_experts(model: nn.Module, folder: Path) -> None:
+    """Give a model's fused experts linears of their own, named as in the checkpoint of ``folder``."""
     if fused_experts(model):
         unfuse(model, Shards(find(folder)))
 
